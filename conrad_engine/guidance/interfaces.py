@@ -1,0 +1,66 @@
+"""What a diffusion prior answers. Guidance sees pictures and cameras; it cannot tell a radiance field from a photograph.
+
+The object frame: origin at the object's center, +Z up, the reference camera at azimuth 0 (on -Y). All cameras are square,
+look at the origin and have no roll, so azimuth, elevation, distance and field of view say everything about them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..cameras import Camera
+
+
+@dataclass(frozen=True)
+class ReferencePicture:
+    """The picture as guidance sees it."""
+
+    rgba: Float[Tensor, "4 size size"]
+    """Premultiplied sRGB in [0, 1], seen by `camera`; at least as large as any guidance wants, guidance resizes it."""
+    camera: Camera
+    """Single square camera that looks at the origin (azimuth 0)."""
+    is_elevation_known: bool = True
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class GuidanceResult:
+    gradient: Float[Tensor, "n 4 height width"]
+    """Descent direction's negative: the gradient of the guidance loss to the premultiplied RGBA pictures."""
+    loss: float | Tensor
+    """A diagnostic at noise level, not a progress measure."""
+    denoised: Float[Tensor, "n 4 h w"] | None = None
+    """What the prior makes of the pictures, premultiplied RGBA or RGB with full opacity, for debugging and previews."""
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class Guidance(Protocol):
+    """A diffusion prior that pulls rendered pictures towards plausible ones."""
+
+    picture_size: int
+    """Pixels a side that it wants rendered; other sizes are resized inside, with the gradient."""
+
+    def set_reference(self, reference: ReferencePicture) -> None:
+        """Take the picture to condition on; called once a job."""
+
+    def gradient(
+        self,
+        rgba: Float[Tensor, "n 4 height width"],
+        cameras: Camera,
+        progress: float,
+        generator: torch.Generator | None = None,
+    ) -> GuidanceResult:
+        """Score distillation on rendered pictures.
+
+        Args:
+            rgba: Premultiplied sRGB in [0, 1], detached.
+            cameras: Batch of the n cameras they were rendered from.
+            progress: Part of the optimisation done, 0 to 1; sets the noise level.
+            generator: Source of the noise.
+        """
