@@ -14,8 +14,8 @@ class Field(Protocol):
     aabb: Float[Tensor, "2 3"]
     """Lower and upper corner of the box outside of which the field is empty."""
 
-    def density(self, positions: Float[Tensor, "n 3"]) -> Float[Tensor, "n"]:
+    def density(self, positions: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
         """σ after activation, per world unit, non-negative."""
 
-    def density_and_color(self, positions: Float[Tensor, "n 3"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n 3"]]:
+    def density_and_color(self, positions: Float[Tensor, "n 3"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n 3"]]:
         """σ, and sRGB color in [0, 1]."""

@@ -1,0 +1,95 @@
+"""The hash-grid radiance field, and the choice between fields."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..config import FieldConfig, OptimizeConfig
+from .dense_volume import EMPTY_RAW, DenseVolume
+from .hash_grid import HashGrid
+
+N_INITIAL_FIT_STEPS = 200
+"""Steps that fit the density network to a given initial shape."""
+
+
+class HashField(nn.Module):
+    """Multiresolution hash encoding with two small MLPs: density from all features, color from all features."""
+
+    def __init__(self, config: FieldConfig, aabb: Float[Tensor, "2 3"]) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("aabb", aabb.float())
+        self.encoding = HashGrid(config).to(aabb.device)
+        width = config.n_levels * config.n_features
+        self.density_head = nn.Sequential(nn.Linear(width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 1))
+        self.color_head = nn.Sequential(nn.Linear(width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 3))
+        self.to(aabb.device)
+        self.is_from_shape = False
+        self.set_progress(0.0)
+
+    def prepare(self) -> None:
+        """Nothing is kept between look-ups."""
+
+    def _features(self, positions: Tensor) -> Tensor:
+        unit = ((positions - self.aabb[0]) / (self.aabb[1] - self.aabb[0])).clamp(0, 1)
+        return self.encoding(unit)
+
+    def _density(self, features: Tensor, positions: Tensor) -> Tensor:
+        raw = self.density_head(features)[:, 0]
+        if not self.is_from_shape:
+            blob = self.config.blob_density * (1 - positions.norm(dim=-1) / self.config.blob_radius)
+            raw = raw + blob.clamp(min=EMPTY_RAW)
+        inside = ((positions >= self.aabb[0]) & (positions <= self.aabb[1])).all(-1)
+        return self.config.density_scale * F.softplus(torch.where(inside, raw, EMPTY_RAW))
+
+    def density(self, positions: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
+        return self._density(self._features(positions), positions)
+
+    def density_and_color(self, positions: Float[Tensor, "n 3"]) -> tuple[Tensor, Tensor]:
+        features = self._features(positions)
+        return self._density(features, positions), self.color_head(features).sigmoid()
+
+    def set_progress(self, progress: float) -> None:
+        """Coarse to fine: `start_levels` levels at first, all of them from half of the run."""
+        extra = (self.config.n_levels - self.config.start_levels) * min(1.0, 2 * progress)
+        self.encoding.active_levels = self.config.start_levels + round(extra)
+
+    def smoothness(self) -> Tensor:
+        """Change of density between nearby random points near the surface, in units of the activation."""
+        device = self.aabb.device
+        points = self.aabb[0] + torch.rand(4096, 3, device=device) * (self.aabb[1] - self.aabb[0])
+        moved = points + 0.02 * torch.randn_like(points)
+        scale = self.config.density_scale
+        return (torch.tanh(self.density(points) / scale) - torch.tanh(self.density(moved) / scale)).square().mean()
+
+    def parameter_groups(self, config: OptimizeConfig) -> list[dict]:
+        heads = [*self.density_head.parameters(), *self.color_head.parameters()]
+        return [
+            {"params": list(self.encoding.parameters()), "lr": config.hash_rate},
+            {"params": heads, "lr": config.hash_rate / 10},
+        ]
+
+    def initialize(self, signed_distances: Float[Tensor, "x y z"]) -> None:
+        """Fit the density to a shape (world units, positive inside, cell centers over the field's box)."""
+        self.is_from_shape = True
+        self.encoding.active_levels = self.config.n_levels
+        grid = signed_distances.permute(2, 1, 0)[None, None].to(self.aabb)
+        optimizer = torch.optim.Adam(self.parameters(), lr=5e-3)
+        for _ in range(N_INITIAL_FIT_STEPS):
+            unit = torch.rand(16384, 3, device=self.aabb.device)
+            wanted = F.grid_sample(grid, (unit * 2 - 1)[None, None, None], align_corners=False)[0, 0, 0, 0]
+            positions = self.aabb[0] + unit * (self.aabb[1] - self.aabb[0])
+            raw = self.density_head(self._features(positions))[:, 0]
+            loss = (raw - (wanted * 150).clamp(EMPTY_RAW, 6.0)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.set_progress(0.0)
+
+
+def make_field(config: FieldConfig, aabb: Float[Tensor, "2 3"]) -> DenseVolume | HashField:
+    """The field that `config.kind` names, on the device of `aabb`."""
+    return HashField(config, aabb) if config.kind == "hash_grid" else DenseVolume(config, aabb)
