@@ -1,0 +1,1 @@
+"""From a picture file to the object's colors, mask and depth."""
