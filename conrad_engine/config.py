@@ -162,17 +162,104 @@ class EmbeddedPriorConfig:
 
 
 @dataclass(frozen=True)
+class WeightsConfig:
+    """How the weights of a diffusers model are found, trusted and held."""
+
+    revision: str = ""
+    """Branch, tag or commit on the hub; the default branch when empty."""
+    allow_pickle: bool = False
+    """True also reads .bin files. These are pickles: opening one runs whatever program its author put inside. Only for files
+    you trust as much as the programs you install."""
+    precision: str = "auto"
+    """float32, float16, bfloat16, or auto: float16 on a GPU, float32 on a CPU."""
+    memory: str = "auto"
+    """Memory preset in GiB: 6, 8, 12, 24, or auto: the largest that fits the device's free memory."""
+    tiny_autoencoder: str = ""
+    """Hub id or folder of a tiny autoencoder (`madebyollin/taesd`); empty keeps the model's own. Faster, less exact."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.precision in ("auto", "float32", "float16", "bfloat16"),
+            f"unknown precision {self.precision!r}: use auto, float32, float16 or bfloat16",
+        )
+        _check(
+            self.memory in ("auto", "6", "8", "12", "24"),
+            f"unknown memory preset {self.memory!r}: use auto, 6, 8, 12 or 24",
+        )
+
+
+def _check_diffusion(config: StableDiffusionConfig | Zero123Config) -> None:
+    _check(bool(config.model), "the guidance needs a model: a hub id or a folder in diffusers layout")
+    _check(
+        0 < config.t_min <= config.t_end <= config.t_start < 1,
+        f"noise times must satisfy 0 < t_min <= t_end <= t_start < 1, not {config.t_min}, {config.t_end}, {config.t_start}",
+    )
+    _check(
+        config.schedule in ("uniform", "linear", "sqrt", "deterministic", "dreamtime"),
+        f"unknown schedule {config.schedule!r}: use uniform, linear, sqrt, deterministic or dreamtime",
+    )
+    _check(
+        config.weighting in ("sds", "uniform", "fantasia3d", "ism"),
+        f"unknown weighting {config.weighting!r}: use sds, uniform, fantasia3d or ism",
+    )
+    _check(config.strength > 0, f"the guidance's strength must be positive, not {config.strength}")
+
+
+@dataclass(frozen=True)
 class StableDiffusionConfig:
     """Stable Diffusion 1.x, 2.x or XL through diffusers."""
 
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Hub id or local folder in diffusers layout."""
     scale: float = 25.0
+    """Classifier-free guidance; DreamFusion used 100, which saturates colors beside an exact photo; 7.5 with ism."""
+    objective: str = "sds"
+    """sds (DreamFusion) or ism (LucidDreamer, works at a scale of 7.5, costs ism_steps more evaluations)."""
+    weighting: str = "sds"
+    """w(t): sds, uniform, fantasia3d or ism."""
+    schedule: str = "sqrt"
+    """Noise times: uniform, linear, sqrt, deterministic or dreamtime."""
     t_min: float = 0.02
     t_start: float = 0.98
+    """Upper end of the noise times at the start, 0 to 1."""
     t_end: float = 0.3
+    """The same at the end."""
+    strength: float = 1.0
+    """Factor on the gradient, against the other losses."""
     negative_prompt: str = ""
-    half_precision: bool = True
+    """What the pictures must not show; replaces the empty prompt of classifier-free guidance."""
+    view_prompts: bool = True
+    """Adds front, side, back or overhead view to the prompt, interpolated by the camera's angles."""
+    perp_neg: bool = True
+    """Pushes back and side views away from the front by Perp-Neg: against several faces; two more evaluations a step."""
+    ism_interval: float = 0.05
+    """ism: distance of the two noise times."""
+    ism_steps: int = 4
+    """ism: inversion steps from the picture to the first noise time."""
+    background: str = "random"
+    """Behind the rendered object: random (one gray or color a view), or white."""
+    picture_size: int = 0
+    """Pixels a side given to the autoencoder; 0 takes the model's own (512, 768 or 1024)."""
+    ip_adapter: str = ""
+    """Hub id or folder of an IP-Adapter, so that the picture itself is a prompt (`h94/IP-Adapter`); empty for none."""
+    ip_adapter_file: str = "models/ip-adapter_sd15.safetensors"
+    """The adapter's file in it; `sdxl_models/ip-adapter_sdxl.safetensors` for XL."""
+    ip_adapter_scale: float = 0.6
+    """Influence of the picture against the text, 0 to 1."""
+    embedding: str = ""
+    """Textual-inversion embedding (.safetensors) whose token the prompt may name."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+
+    def __post_init__(self) -> None:
+        _check_diffusion(self)
+        _check(self.objective in ("sds", "ism"), f"unknown objective {self.objective!r}: use sds or ism")
+        _check(self.background in ("random", "white"), f"unknown background {self.background!r}: use random or white")
+        _check(0 < self.ism_interval < 1, f"ism_interval must lie between 0 and 1, not {self.ism_interval}")
+        _check(self.ism_steps >= 1, f"ism_steps must be at least 1, not {self.ism_steps}")
+        _check(
+            self.picture_size == 0 or (self.picture_size >= 16 and self.picture_size % 8 == 0),
+            f"picture_size must be 0 or a multiple of 8 from 16 on, not {self.picture_size}",
+        )
 
 
 @dataclass(frozen=True)
@@ -180,21 +267,69 @@ class Zero123Config:
     """Zero-1-to-3, Zero123-XL or Stable Zero123 in diffusers layout."""
 
     model: str = "kxic/zero123-xl"
-    """Hub id or local folder in diffusers layout."""
+    """Hub id or local folder in diffusers layout, with a `cc_projection` or `clip_camera_projection` component."""
     variant: str = "zero123"
     """zero123 (also XL) or stable_zero123: the meaning of the pose vector's last number."""
     scale: float = 3.0
+    """Classifier-free guidance."""
+    weighting: str = "sds"
+    """w(t): sds, uniform, fantasia3d or ism."""
+    schedule: str = "linear"
+    """Noise times: uniform, linear, sqrt, deterministic or dreamtime."""
     t_min: float = 0.2
     t_start: float = 0.98
+    """Upper end of the noise times at the start, 0 to 1."""
     t_end: float = 0.3
-    half_precision: bool = True
+    """The same at the end."""
+    strength: float = 1.0
+    """Factor on the gradient, against the other losses."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+
+    def __post_init__(self) -> None:
+        _check_diffusion(self)
+        _check(
+            self.variant in ("zero123", "stable_zero123"),
+            f"unknown variant {self.variant!r}: use zero123 (also for XL) or stable_zero123",
+        )
 
 
-GuidanceConfig = EmbeddedPriorConfig | StableDiffusionConfig | Zero123Config
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Several priors at once. A prior whose weights are 0 is not loaded. The defaults are Magic123's ratio, 1 : 40."""
+
+    embedded_start: float = 0.0
+    """Weight of the embedded prior's gradient at the start; it changes linearly to embedded_end."""
+    embedded_end: float = 0.0
+    zero123_start: float = 40.0
+    """The same for Zero123 (Magic123, arXiv:2306.17843, section 3.2: 40 against 1)."""
+    zero123_end: float = 40.0
+    stable_diffusion_start: float = 1.0
+    """The same for Stable Diffusion."""
+    stable_diffusion_end: float = 1.0
+    spare_seen: float = 0.0
+    """Part of the gradient taken away where the photo already shows the surface, 0 to 1."""
+    embedded: EmbeddedPriorConfig = field(default_factory=EmbeddedPriorConfig)
+    zero123: Zero123Config = field(default_factory=Zero123Config)
+    stable_diffusion: StableDiffusionConfig = field(default_factory=StableDiffusionConfig)
+
+    def __post_init__(self) -> None:
+        pairs = [(getattr(self, f"{name}_start"), getattr(self, f"{name}_end")) for name in self.parts]
+        _check(all(weight >= 0 for pair in pairs for weight in pair), "the weights of a mixture must not be negative")
+        _check(any(weight > 0 for pair in pairs for weight in pair), "a mixture needs at least one positive weight")
+        _check(0 <= self.spare_seen <= 1, f"spare_seen must lie between 0 and 1, not {self.spare_seen}")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the priors, each with its settings and the weights `<name>_start` and `<name>_end`."""
+        return ("embedded", "zero123", "stable_diffusion")
+
+
+GuidanceConfig = EmbeddedPriorConfig | StableDiffusionConfig | Zero123Config | MixtureConfig
 GUIDANCES: dict[str, type] = {
     "embedded": EmbeddedPriorConfig,
     "stable_diffusion": StableDiffusionConfig,
     "zero123": Zero123Config,
+    "mixture": MixtureConfig,
 }
 
 
@@ -321,28 +456,46 @@ def preset(name: str) -> PipelineConfig:
 def with_overrides(config: PipelineConfig, overrides: dict[str, object]) -> PipelineConfig:
     """The settings with some replaced, by dotted names such as `optimize.n_steps`; values may be text.
 
-    `guidance` itself takes a name of `GUIDANCES` and must come before its own fields.
+    `guidance` itself takes a name of `GUIDANCES`; its own fields are set after it.
 
     Raises:
         InputError: A name does not exist or a value does not fit its type.
     """
-    for name, value in overrides.items():
-        config = _with_override(config, name, name.replace("field.", "field_.", 1).split("."), value)
-    return config
+    rest = dict(overrides)
+    kind = rest.pop("guidance", config.guidance)
+    if not dataclasses.is_dataclass(kind):
+        _check(kind in GUIDANCES, f"unknown guidance {kind!r}: use {', '.join(GUIDANCES)}")
+        kind = GUIDANCES[str(kind)]()
+    groups: dict[str, object] = {}
+    for name, value in rest.items():
+        _insert(groups, name, value)
+    return _replaced(replace(config, guidance=kind), "", groups)
 
 
-def _with_override(config: typing.Any, full_name: str, path: list[str], value: object) -> typing.Any:
-    names = {f.name: f for f in dataclasses.fields(config)}
-    _check(path[0] in names, f"unknown setting {full_name!r}; this part has: {', '.join(n.rstrip('_') for n in names)}")
-    current = getattr(config, path[0])
-    if len(path) > 1:
-        _check(dataclasses.is_dataclass(current), f"setting {full_name!r} has no parts")
-        return replace(config, **{path[0]: _with_override(current, full_name, path[1:], value)})
-    if path[0] == "guidance" and not dataclasses.is_dataclass(value):
-        _check(value in GUIDANCES, f"unknown guidance {value!r}: use {', '.join(GUIDANCES)}")
-        return replace(config, guidance=GUIDANCES[str(value)]())
-    _check(not dataclasses.is_dataclass(current), f"setting {full_name!r} is a group; name one of its parts")
-    return replace(config, **{path[0]: _converted(full_name, value, type(current))})
+def _insert(groups: dict[str, typing.Any], name: str, value: object) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        groups = groups.setdefault(part, {})
+        _check(isinstance(groups, dict), f"setting {name!r} has no parts")
+    groups[last] = value
+
+
+def _replaced(config: typing.Any, prefix: str, values: dict[str, typing.Any]) -> typing.Any:
+    """All values of one group at once, so that only the result has to be valid."""
+    names = {f.name.rstrip("_"): f.name for f in dataclasses.fields(config)}
+    changes = {}
+    for key, value in values.items():
+        full_name = prefix + key
+        name = names.get(key.rstrip("_"))
+        _check(name is not None, f"unknown setting {full_name!r}; this part has: {', '.join(names)}")
+        current = getattr(config, name)
+        if isinstance(value, dict):
+            _check(dataclasses.is_dataclass(current), f"setting {full_name!r} has no parts")
+            changes[name] = _replaced(current, f"{full_name}.", value)
+        else:
+            _check(not dataclasses.is_dataclass(current), f"setting {full_name!r} is a group; name one of its parts")
+            changes[name] = _converted(full_name, value, type(current))
+    return replace(config, **changes)
 
 
 def _converted(name: str, value: object, kind: type) -> object:
@@ -368,6 +521,14 @@ def to_json(config: PipelineConfig) -> dict:
     return data
 
 
+def _flattened(prefix: str, data: dict) -> dict[str, object]:
+    """Nested settings as dotted names."""
+    flat: dict[str, object] = {}
+    for key, value in data.items():
+        flat |= _flattened(f"{prefix}.{key}", value) if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return flat
+
+
 def from_json(data: dict) -> PipelineConfig:
     """Settings from `to_json`'s data; unknown fields are an error, missing ones take their default."""
     data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
@@ -376,7 +537,7 @@ def from_json(data: dict) -> PipelineConfig:
     config = replace(PipelineConfig(), guidance=GUIDANCES[kind]())
     for key, value in data.items():
         if isinstance(value, dict):
-            config = with_overrides(config, {f"{key}.{inner}": x for inner, x in value.items()})
+            config = with_overrides(config, _flattened(key, value))
         else:
             config = with_overrides(config, {key: value})
     return config

@@ -1,0 +1,40 @@
+"""Diffusion priors that pull rendered pictures towards plausible ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..config import EmbeddedPriorConfig, GuidanceConfig, MixtureConfig, StableDiffusionConfig, Zero123Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from .interfaces import Guidance
+
+
+def make_guidance(config: GuidanceConfig, device: torch.device) -> Guidance:
+    """The prior that the settings name; its weights are read here.
+
+    Raises:
+        GuidanceError: Weights are missing or cannot be used.
+        MissingDependency: The prior needs a package that is not installed.
+    """
+    # Heavy imports stay behind the choice.
+    match config:
+        case EmbeddedPriorConfig():
+            from .embedded.prior import EmbeddedPrior
+
+            return EmbeddedPrior(config, device)
+        case StableDiffusionConfig():
+            from .stable_diffusion import StableDiffusionGuidance
+
+            return StableDiffusionGuidance(config, device)
+        case Zero123Config():
+            from .zero123 import Zero123Guidance
+
+            return Zero123Guidance(config, device)
+        case MixtureConfig():
+            from .mixture import MixtureGuidance
+
+            return MixtureGuidance(config, device, make_guidance)
+    raise TypeError(f"not a guidance config: {type(config).__name__}")
