@@ -1,0 +1,1 @@
+"""ConRad for Blender."""

@@ -1,0 +1,260 @@
+"""The job table, and how each message changes it. No bpy, no sockets.
+
+The engine knows how a job runs; this side knows what Blender wants with it (`Notes`), and keeps that in one small file a
+job so that a result still finds its place after Blender was closed or killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .protocol import FINAL_STATES, JobState, Preview, Progress, Result
+
+ACTIVE_STATES = ("queued", "running", "paused")
+STAGE_NAMES = {
+    "prepare": "Preparing",
+    "warm_start": "First Shape",
+    "optimize": "Optimizing",
+    "mesh": "Making Mesh",
+    "write": "Writing",
+}
+
+
+@dataclass
+class Notes:
+    """What Blender remembers of a job."""
+
+    job: str
+    name: str = ""
+    kind: str = "generate"
+    """generate, project or batch."""
+    file_token: str = ""
+    """The file the job was started in."""
+    picture: str = ""
+    """Name of the picture's data-block."""
+    camera: str = ""
+    """Name of the reference camera's object, if one was used."""
+    is_own_camera: bool = False
+    """The add-on made that camera and may move it along with the result."""
+    setup: dict = field(default_factory=dict)
+    """The camera that was sent (`camera_math.setup_json`)."""
+    place: str = "CAMERA"
+    """CAMERA, ORIGIN or CURSOR."""
+    location: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    size: float | None = None
+    """Largest side wanted, Blender units; None keeps the size seen by the camera."""
+    origin: str = "BOTTOM"
+    is_asset: bool = False
+    asset_tags: str = ""
+    seed: int = 0
+    preset: str = ""
+    submitted_unix_s: float = 0.0
+    imported: int = 0
+    """Number of the newest result that was brought into a scene."""
+
+    @staticmethod
+    def from_dict(data: dict) -> Notes:
+        """Read saved notes; unknown entries of a newer version are left out.
+
+        Raises:
+            TypeError: There is no job in them.
+        """
+        names = {f.name for f in dataclasses.fields(Notes)}
+        notes = Notes(**{name: value for name, value in data.items() if name in names})
+        notes.location = tuple(float(x) for x in notes.location)  # type: ignore[assignment]
+        return notes
+
+
+@dataclass
+class Job:
+    """One line of the job list."""
+
+    notes: Notes
+    state: JobState | None = None
+    """None until the engine has said anything about it."""
+    progress: Progress | None = None
+    preview: Preview | None = None
+    thumbnail: bytes = b""
+    """PNG file."""
+    config: str = ""
+    """The resolved settings of the result, JSON."""
+    result: Result | None = None
+    """Arrays on their way into the scene."""
+    wants_import: bool = False
+    fetching: int = 0
+    """Number of the result whose arrays were asked for."""
+    problem: str = ""
+    """What went wrong on this side: a refused request, an import that failed."""
+
+    @property
+    def id(self) -> str:
+        return self.notes.job
+
+    @property
+    def name(self) -> str:
+        return self.notes.name or (self.state.name if self.state else "") or self.id[:8]
+
+    @property
+    def state_name(self) -> str:
+        return self.state.state if self.state else "sending"
+
+    @property
+    def is_active(self) -> bool:
+        return self.state is None or self.state.state in ACTIVE_STATES
+
+    @property
+    def result_number(self) -> int:
+        return self.state.result if self.state else 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """A result is there that no scene has got yet."""
+        return self.result_number > self.notes.imported
+
+    @property
+    def factor(self) -> float:
+        """Part done, 0 to 1."""
+        if self.state is not None and self.state.state == "done":
+            return 1.0
+        step, n_steps = self.steps
+        return min(step / n_steps, 1.0) if n_steps else 0.0
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        if self.progress is not None:
+            return self.progress.step, self.progress.n_steps
+        return (self.state.step, self.state.n_steps) if self.state else (0, 0)
+
+    def status(self) -> str:
+        """One short line for the progress bar."""
+        if self.problem:
+            return self.problem
+        if self.state is None:
+            return "Sending"
+        if self.state.command:
+            return "Finishing" if self.state.command == "keep" else "Stopping"
+        match self.state.state:
+            case "queued":
+                return f"Waiting ({self.state.position} before it)" if self.state.position else "Waiting for the Engine"
+            case "paused":
+                return f"Paused at {self.steps[0]}/{self.steps[1]}"
+            case "running":
+                return self._running_line()
+            case "failed":
+                return self.state.error_message or "Failed"
+            case other:
+                return other.capitalize()
+
+    def _running_line(self) -> str:
+        if self.progress is None:
+            return "Starting"
+        stage = STAGE_NAMES.get(self.progress.stage, self.progress.stage.capitalize())
+        line = f"{stage} {self.progress.step}/{self.progress.n_steps}"
+        return line if self.progress.eta_s is None else f"{line} - {clock(self.progress.eta_s)} left"
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15."""
+    whole = max(int(seconds + 0.5), 0)
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+class JobTable:
+    """Every job this Blender knows of, newest last."""
+
+    def __init__(self, folder: Path | None = None):
+        """Args: folder: Where notes are kept; None keeps them in memory only."""
+        self._folder = folder
+        self.jobs: dict[str, Job] = {}
+        for notes in self._saved_notes():
+            self.jobs[notes.job] = Job(notes)
+
+    def _saved_notes(self) -> list[Notes]:
+        if self._folder is None or not self._folder.is_dir():
+            return []
+        found = []
+        for path in self._folder.glob("*.json"):
+            try:
+                found.append(Notes.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+            except (OSError, ValueError, TypeError, AttributeError):
+                # A damaged note costs the wishes of one job, never the list.
+                continue
+        return sorted(found, key=lambda notes: notes.submitted_unix_s)
+
+    def save(self, notes: Notes) -> None:
+        """Write the notes; a full disk costs the memory of the wishes, not the job."""
+        if self._folder is None:
+            return
+        partial = self._folder / f"{notes.job}.part"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(dataclasses.asdict(notes)), encoding="utf-8")
+            os.replace(partial, self._folder / f"{notes.job}.json")
+        except OSError:
+            return
+
+    def add(self, notes: Notes) -> Job:
+        """Take up a job that is being sent."""
+        notes.submitted_unix_s = notes.submitted_unix_s or time.time()
+        self.jobs[notes.job] = Job(notes)
+        self.save(notes)
+        return self.jobs[notes.job]
+
+    def remove(self, job_id: str) -> None:
+        self.jobs.pop(job_id, None)
+        if self._folder is not None:
+            (self._folder / f"{job_id}.json").unlink(missing_ok=True)
+
+    def take_state(self, state: JobState) -> Job:
+        """The newest word about a job; one that was submitted by someone else is listed too."""
+        job = self.jobs.get(state.job)
+        if job is None:
+            notes = Notes(state.job, state.name, submitted_unix_s=state.created_unix_s or time.time())
+            job = self.jobs[state.job] = Job(notes)
+        if job.state is not None and state.revision < job.state.revision:
+            return job
+        if state.state not in ACTIVE_STATES or (job.state and job.state.state != state.state):
+            job.progress = None if state.state in FINAL_STATES else job.progress
+        if state.state != "failed":
+            job.problem = ""
+        job.state = state
+        return job
+
+    def take_progress(self, progress: Progress) -> Job | None:
+        job = self.jobs.get(progress.job)
+        if job is not None and job.is_active:
+            job.progress = progress
+        return job
+
+    def take_preview(self, preview: Preview) -> Job | None:
+        job = self.jobs.get(preview.job)
+        if job is not None:
+            job.preview = preview
+        return job
+
+    def unknown_to_engine(self, listed: set[str]) -> list[Job]:
+        """Jobs with notes that the engine does not have: another engine has them, or they were forgotten."""
+        return [job for job in self.jobs.values() if job.id not in listed and job.state is None]
+
+    def imported(self, job: Job, number: int) -> None:
+        """A result has come into a scene."""
+        job.notes.imported = max(job.notes.imported, number)
+        job.wants_import, job.result, job.fetching = False, None, 0
+        self.save(job.notes)
+
+    @property
+    def active(self) -> list[Job]:
+        return [job for job in self.jobs.values() if job.is_active]
+
+    def shown(self) -> Job | None:
+        """The job whose progress is shown: the running one, else the first that is active."""
+        active = self.active
+        running = [job for job in active if job.state_name == "running"]
+        return (running or active or [None])[0]
