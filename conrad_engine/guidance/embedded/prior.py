@@ -1,0 +1,152 @@
+"""The prior that ships with the package, behind the `Guidance` interface: score distillation and full sampling of views."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ...cameras import Camera, orbit_angles
+from ...config import REFERENCE_EXTENT, EmbeddedPriorConfig
+from ...errors import GuidanceError
+from ..interfaces import GuidanceResult, ReferencePicture
+from .sampling import ConditionedPrior
+from .unet import Reference, alpha_sigma
+from .weights import load
+
+
+def camera_rows(cameras: Camera, base_azimuth_rad: float = 0.0) -> Float[Tensor, "n 4"]:
+    """(azimuth, elevation, distance, tan_half_fov) of square cameras that look at the origin."""
+    azimuth, elevation, distance = orbit_angles(cameras.positions)
+    tan_half = cameras.width / 2 / cameras.intrinsics[..., 0]
+    return torch.stack([azimuth - base_azimuth_rad, elevation, distance, tan_half], -1).float()
+
+
+def resized(pictures: Float[Tensor, "n c h w"], size: int) -> Float[Tensor, "n c size size"]:
+    """Pictures of another size, by area averaging where they shrink."""
+    if pictures.shape[-1] == size:
+        return pictures
+    if pictures.shape[-1] > size:
+        return F.interpolate(pictures, size=(size, size), mode="area")
+    return F.interpolate(pictures, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def fast_precision(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    if device.type != "cpu":
+        return torch.float32
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return torch.bfloat16 if any(probe is not None and probe() for probe in probes) else torch.float32
+
+
+class EmbeddedPrior:
+    """View-conditioned diffusion at 64 px, weights included. Satisfies `guidance.interfaces.Guidance`."""
+
+    def __init__(self, config: EmbeddedPriorConfig, device: torch.device | str) -> None:
+        """Load the weights.
+
+        Raises:
+            GuidanceError: The weights are missing, damaged or of another architecture; or the precision is unknown.
+        """
+        precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        if config.precision != "auto" and config.precision not in precisions:
+            raise GuidanceError(f"unknown precision {config.precision!r}: use auto, float32 or bfloat16")
+        self.config, self.device = config, torch.device(device)
+        self.net = load(config.weights).to(self.device).to(memory_format=torch.channels_last)
+        self.picture_size = self.net.size
+        dtype = precisions.get(config.precision) or fast_precision(self.device)
+        self._cast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self._conditioned: ConditionedPrior | None = None
+        self._base_azimuth_rad = 0.0
+
+    def set_reference(self, reference: ReferencePicture, object_size: float | None = None) -> None:
+        """Take the picture to condition on.
+
+        Args:
+            reference: The picture and its camera.
+            object_size: Longest side of the object's box in the object frame, if something is known of it.
+        """
+        rgba = reference.rgba.to(self.device, torch.float32)[None]
+        rows = camera_rows(reference.camera.to(self.device))[None]
+        self._base_azimuth_rad = float(rows[0, 0])
+        rows = rows * torch.tensor([0.0, 1, 1, 1], device=self.device)
+        self._conditioned = self._condition(rgba, rows, reference.is_elevation_known, object_size)
+
+    def _condition(self, rgba: Tensor, rows: Tensor, is_elevation_known: bool, size: float | None) -> ConditionedPrior:
+        one = torch.ones(1, device=self.device)
+        facts = Reference(
+            camera=rows,
+            is_elevation_known=one * is_elevation_known,
+            is_present=one,
+            log_size=one * (0.0 if size is None else math.log(size / REFERENCE_EXTENT)),
+            is_size_known=one * (size is not None),
+        )
+        return ConditionedPrior(self.net, resized(rgba, self.picture_size) * 2 - 1, facts, self._cast)
+
+    def _ready(self) -> ConditionedPrior:
+        if self._conditioned is None:
+            raise GuidanceError("the embedded prior has no reference picture yet: call set_reference first")
+        return self._conditioned
+
+    def gradient(
+        self,
+        rgba: Float[Tensor, "n 4 height width"],
+        cameras: Camera,
+        progress: float,
+        generator: torch.Generator | None = None,
+    ) -> GuidanceResult:
+        """Score distillation in its denoised-picture form: the gradient of half the summed squared difference to the
+        pictures the prior sees behind a noised version of these. All views share one noise level and see each other.
+
+        See `Guidance.gradient` for the arguments.
+        """
+        config, n = self.config, len(rgba)
+        source = torch.device("cpu") if generator is None else generator.device
+        middle = config.t_start + (config.t_end - config.t_start) * progress
+        spread = (torch.rand((), generator=generator, device=source).item() * 2 - 1) * config.t_spread
+        time = min(max(middle + spread, 0.02), 0.99)
+        with torch.enable_grad():
+            pictures = rgba.detach().to(self.device, torch.float32).requires_grad_()
+            small = resized(pictures, self.picture_size)
+        t = torch.full((n,), time, device=self.device)
+        alpha, sigma = alpha_sigma(t)
+        noise = torch.randn(small.shape, generator=generator, device=source).to(self.device)
+        noisy = alpha * (small.detach() * 2 - 1) + sigma * noise
+        rows = camera_rows(cameras.to(self.device), self._base_azimuth_rad)
+        clean = (self._ready().denoised(noisy, t, rows, config.scale, is_joint=True) + 1) / 2
+        difference = small.detach() - clean
+        (gradient,) = torch.autograd.grad(small, pictures, difference)
+        return GuidanceResult(gradient.to(rgba), difference.square().mean(), clean, {"t": time})
+
+    def sample_views(
+        self,
+        cameras: Camera,
+        n_steps: int,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+        is_joint: bool = True,
+        known: tuple[Float[Tensor, "m 4 h w"], Camera] | None = None,
+    ) -> Float[Tensor, "n 4 size size"]:
+        """Views from pure noise, premultiplied RGBA in [0, 1].
+
+        Args:
+            cameras: Batch of n square cameras that look at the origin.
+            n_steps: Denoising steps; 10 to 30.
+            scale: Classifier-free guidance; the configured one when None.
+            generator: Source of the noise.
+            is_joint: Denoise all views together, so that they agree; one by one otherwise.
+            known: Finished views and their cameras, as further references.
+        """
+        rows = camera_rows(cameras.to(self.device), self._base_azimuth_rad)
+        finished = None
+        if known is not None:
+            pictures = resized(known[0].to(self.device, torch.float32), self.picture_size) * 2 - 1
+            finished = pictures, camera_rows(known[1].to(self.device), self._base_azimuth_rad)
+        scale = self.config.scale if scale is None else scale
+        clean = self._ready().sample(rows, n_steps, scale, generator, is_joint, finished)
+        return (clean + 1) / 2

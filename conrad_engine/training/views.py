@@ -1,0 +1,296 @@
+"""Renders the pool to memory-mapped rounds of 64 px views, in many processes; training starts after the first round.
+
+    python -m conrad_engine.training.views --pool DIR --out DIR --rounds 10 --processes 16 [--split val] [--sources green]
+
+A round r is `views_r.npy` (objects, groups, views, 64, 64, 4) 8-bit straight RGBA, `cameras_r.npy` (objects, groups, views,
+4) (azimuth relative to the reference, elevation, distance, tan of half the field of view), `sizes_r.npy` (objects, groups)
+and, once all is written, `done_r`. `sources.npy` (objects,) indexes `SOURCES`. Objects that fail keep distances of 0.
+
+A group is one object of one stretch, one light and one field of view in the product's object frame: view 0 is the reference,
+framed as the product frames a picture (its silhouette fills 80 % of a frame whose half side at the origin is 0.75); the other
+views look at the same origin from all around. Views are the reference's world: azimuth 0 is its camera.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..config import HALF_BOX, HALF_FRAME, REFERENCE_EXTENT
+from .pool import Pool, PoolMesh
+from .raster import Rasterizer, compiled_library, fit_distance, orbit_camera, random_light
+from .shapes import random_color, random_shape
+
+SIZE, N_GROUPS, N_VIEWS = 64, 4, 8
+SOURCES = ("sweethome3d", "flightgear", "0ad", "supertuxkart", "procedural")
+GREEN_SOURCES = ("sweethome3d", "procedural")
+"""What may be used with attribution alone."""
+PROCEDURAL_SHARE = 0.1
+"""Procedural objects of a round, as a part of the pool's."""
+P_COMPANION, P_RECOLOR, P_STRETCH = 0.06, 0.25, 0.7
+POOLS: dict[str, Pool] = {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One object of one round."""
+
+    row: int
+    source: str
+    index: int
+    round_index: int
+    out: str
+    is_train: bool
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a group looks at its object."""
+
+    fov_rad: float
+    elevation_rad: float
+    """Of the reference."""
+    azimuth_rad: float
+    """Of the reference, in the mesh's own world."""
+    fill: float
+    """Part of the reference frame that the silhouette's longer side takes."""
+    is_silhouette_centered: bool
+    """Whether the origin is the middle of the silhouette, at the depth of the box center, or the box center itself."""
+
+
+def projected(vertices: np.ndarray, framing: Framing, distance: float) -> np.ndarray:
+    """Pixel positions (n, 2) in the reference's frame, -1 to 1, +y up."""
+    camera = orbit_camera(framing.azimuth_rad, framing.elevation_rad, distance)
+    local = (vertices - camera[:, 3]) @ camera[:, :3]
+    return local[:, :2] / np.maximum(-local[:, 2:], 0.05) / math.tan(framing.fov_rad / 2)
+
+
+def framed(vertices: np.ndarray, framing: Framing) -> np.ndarray:
+    """The vertices moved and scaled into the object frame.
+
+    Scale and shift depend on each other through perspective; the loop settles to less than a thousandth in a few rounds.
+    """
+    distance = HALF_FRAME / math.tan(framing.fov_rad / 2)
+    axes = orbit_camera(framing.azimuth_rad, framing.elevation_rad, distance)[:, :3]
+    centered = vertices - (vertices.min(0) + vertices.max(0)) / 2
+    scale, shift = 0.5 / float(np.ptp(vertices, axis=0).max()), np.zeros(3)
+    for _ in range(8):
+        uv = projected(centered * scale + shift, framing, distance)
+        low, high = uv.min(0), uv.max(0)
+        scale *= 2 * framing.fill / float((high - low).max())
+        if framing.is_silhouette_centered:
+            # Sideways only, so the box center stays at the origin's depth.
+            shift = shift - axes[:, :2] @ ((low + high) / 2 * HALF_FRAME)
+    return centered * scale + shift
+
+
+def random_framing(rng: np.random.Generator, fov_rad: float) -> Framing:
+    return Framing(
+        fov_rad,
+        elevation_rad=math.radians(rng.uniform(-10, 45)),
+        azimuth_rad=rng.uniform(-math.pi, math.pi),
+        fill=rng.uniform(0.72, 0.85),
+        is_silhouette_centered=bool(rng.random() < 0.5),
+    )
+
+
+def place(rng: np.random.Generator, vertices: np.ndarray) -> tuple[np.ndarray, Framing]:
+    """The vertices in the object frame of a random reference view, with a little jitter.
+
+    Views from which the object would not fit the product's box (seen along its length, mostly) are drawn again a few times.
+    """
+    fov_rad = math.radians(rng.uniform(15, 55))
+    for _ in range(4):
+        framing = random_framing(rng, fov_rad)
+        moved = framed(vertices, framing)
+        if not framing.is_silhouette_centered:
+            uv = projected(moved, framing, HALF_FRAME / math.tan(fov_rad / 2))
+            if np.abs(uv).max() > 0.98:  # cut off by the frame: the product would have centered it
+                framing = replace(framing, is_silhouette_centered=True)
+                moved = framed(vertices, framing)
+        if np.ptp(moved, axis=0).max() <= 1.2 * 2 * HALF_BOX:
+            break
+    return moved + rng.normal(size=3) * (0.02 * REFERENCE_EXTENT), framing
+
+
+def random_cameras(rng: np.random.Generator, vertices: np.ndarray, framing: Framing) -> np.ndarray:
+    """(N_VIEWS, 4) cameras: the reference, then the others at azimuths spread all around."""
+    tan_half = math.tan(framing.fov_rad / 2)
+    fit = fit_distance(vertices, framing.fov_rad, math.radians(20), rng.uniform(0.7, 0.95))
+    cameras = [(0.0, framing.elevation_rad, HALF_FRAME / tan_half, tan_half)]
+    n = N_VIEWS - 1
+    azimuths = rng.uniform(-math.pi, math.pi) + (np.arange(n) + rng.uniform(-0.4, 0.4, n)) * (2 * math.pi / n)
+    for azimuth in azimuths:
+        elevation = rng.uniform(-15, 60) if rng.random() < 0.5 else rng.uniform(-10, 35)
+        # The product does not know how deep the object is: some of its frames are as narrow as the reference's.
+        distance = fit * rng.uniform(0.95, 1.1) if rng.random() < 0.7 else rng.uniform(0.7, 1.15) / tan_half
+        cameras.append((azimuth, math.radians(elevation), max(distance, 0.6 / tan_half), tan_half))
+    return np.array(cameras, np.float32)
+
+
+def recolored(rng: np.random.Generator, mesh: PoolMesh) -> PoolMesh:
+    """The mesh with random colors for its materials without texture."""
+    rgba = mesh.material_rgba.copy()
+    for index in np.flatnonzero(mesh.material_texture < 0):
+        rgba[index, :3] = random_color(rng)
+    return replace(mesh, material_rgba=rgba)
+
+
+def joined(first: PoolMesh, second: PoolMesh) -> PoolMesh:
+    """Two meshes as one."""
+    white = (np.ones_like(mesh.vertices) for mesh in (first, second))
+    colors = [
+        plain if mesh.vertex_colors is None else mesh.vertex_colors for mesh, plain in zip((first, second), white)
+    ]
+    texture = np.where(second.material_texture >= 0, second.material_texture + len(first.textures), -1)
+    return PoolMesh(
+        vertices=np.concatenate([first.vertices, second.vertices]),
+        faces=np.concatenate([first.faces, second.faces + len(first.vertices)]),
+        uvs=np.concatenate([first.uvs, second.uvs]),
+        face_materials=np.concatenate([first.face_materials, second.face_materials + len(first.material_rgba)]),
+        material_rgba=np.concatenate([first.material_rgba, second.material_rgba]),
+        material_texture=np.concatenate([first.material_texture, texture]).astype(np.int32),
+        textures=first.textures + second.textures,
+        vertex_colors=np.concatenate(colors),
+    )
+
+
+def with_companion(rng: np.random.Generator, mesh: PoolMesh, other: PoolMesh) -> PoolMesh:
+    """The mesh with another one standing beside it on the same ground."""
+    angle, axis = rng.uniform(-math.pi, math.pi), int(rng.integers(2))
+    turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
+    vertices = other.vertices @ turn.T * rng.uniform(0.4, 1.1)
+    vertices[:, axis] += mesh.vertices[:, axis].max() - vertices[:, axis].min() + rng.uniform(-0.05, 0.05)
+    vertices[:, 2] += mesh.vertices[:, 2].min() - vertices[:, 2].min()
+    return joined(mesh, replace(other, vertices=vertices.astype(np.float32)))
+
+
+def load_mesh(rng: np.random.Generator, task: Task) -> PoolMesh:
+    """The object of a task; in training some objects get a companion."""
+    if task.source == "procedural":
+        mesh = random_shape(rng)
+        return with_companion(rng, mesh, random_shape(rng)) if rng.random() < 0.25 else mesh
+    mesh = POOLS[task.source].mesh(task.index)
+    if task.is_train and rng.random() < P_COMPANION:
+        indices = POOLS[task.source].indices("train")
+        return with_companion(rng, mesh, POOLS[task.source].mesh(int(rng.choice(indices))))
+    return mesh
+
+
+def render_group(
+    rng: np.random.Generator, mesh: PoolMesh, is_train: bool, views: np.ndarray, cameras: np.ndarray
+) -> float:
+    """Fill one group's views and cameras; returns the longest box side as a multiple of the reference's extent."""
+    stretch = rng.uniform(0.8, 1.25, 3) if is_train and rng.random() < P_STRETCH else np.ones(3)
+    if is_train and rng.random() < P_RECOLOR:
+        mesh = recolored(rng, mesh)
+    vertices, framing = place(rng, mesh.vertices * stretch)
+    scene, light = Rasterizer(replace(mesh, vertices=vertices.astype(np.float32))), random_light(rng)
+    rows = random_cameras(rng, vertices, framing)
+    for view, (azimuth, elevation, distance, _) in enumerate(rows.tolist()):
+        c2w = orbit_camera(framing.azimuth_rad + azimuth, elevation, distance)
+        views[view] = scene.render(c2w, framing.fov_rad, SIZE, light)
+    cameras[:] = rows
+    return float(np.ptp(vertices, axis=0).max()) / REFERENCE_EXTENT
+
+
+def render_object(task: Task) -> str:
+    """Render all groups of one object into the round's files; returns what went wrong, or nothing."""
+    rng = np.random.default_rng([task.round_index, task.row, 7])
+    views, cameras, sizes = (
+        np.lib.format.open_memmap(f"{task.out}/{name}_{task.round_index}.npy", mode="r+")
+        for name in ("views", "cameras", "sizes")
+    )
+    try:
+        mesh = load_mesh(rng, task)
+        for group in range(N_GROUPS):
+            sizes[task.row, group] = render_group(
+                rng, mesh, task.is_train, views[task.row, group], cameras[task.row, group]
+            )
+    except (ValueError, IndexError, ArithmeticError, MemoryError, OSError) as error:
+        # One bad object must not end the run; the trainer skips it.
+        cameras[task.row] = 0
+        return f"{task.source} {task.index}: {error!r}"[:200]
+    return ""
+
+
+def open_pools(folder: Path, sources: tuple[str, ...], split: str) -> list[tuple[str, int]]:
+    """Open the pool files found; returns the objects (source, index) of the split, procedural ones last."""
+    for source in sources:
+        path = folder / f"pool_{source}.npz"
+        if source != "procedural" and path.exists():
+            POOLS[source] = Pool(path)
+    objects = [(source, int(index)) for source, pool in POOLS.items() for index in pool.indices(split)]
+    if split == "train" and "procedural" in sources:
+        objects += [("procedural", index) for index in range(max(1, round(PROCEDURAL_SHARE * len(objects))))]
+    if not objects:
+        raise FileNotFoundError(
+            f"no object of split {split!r} found: {folder} must hold pool_*.npz of {', '.join(sources)}"
+        )
+    return objects
+
+
+def selected_sources(text: str) -> tuple[str, ...]:
+    """Source names from `all`, `green` or a list with commas."""
+    if text in ("all", "green"):
+        return SOURCES if text == "all" else GREEN_SOURCES
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in SOURCES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown source {unknown[0]!r}: use all, green or some of {', '.join(SOURCES)}"
+        )
+    return names
+
+
+def render_round(out: Path, objects: list[tuple[str, int]], round_index: int, is_train: bool, workers) -> None:
+    """Render one round and mark it as done."""
+    start, shape = time.time(), (len(objects), N_GROUPS, N_VIEWS)
+    for name, full_shape, kind in (
+        ("views", (*shape, SIZE, SIZE, 4), np.uint8),
+        ("cameras", (*shape, 4), np.float32),
+        ("sizes", shape[:2], np.float32),
+    ):
+        np.lib.format.open_memmap(out / f"{name}_{round_index}.npy", mode="w+", dtype=kind, shape=full_shape).flush()
+    tasks = [Task(row, *item, round_index, str(out), is_train) for row, item in enumerate(objects)]
+    # Heavy objects are spread over the round by a fixed shuffle.
+    tasks = [tasks[i] for i in np.random.default_rng(0).permutation(len(tasks))]
+    faults = [fault for fault in workers.imap_unordered(render_object, tasks, chunksize=4) if fault]
+    (out / f"done_{round_index}").write_text(f"{len(objects)} {time.time() - start:.1f}\n")
+    n_views = len(objects) * N_GROUPS * N_VIEWS
+    print(
+        f"round {round_index}: {n_views} views in {time.time() - start:.1f} s; failed: {faults or 'none'}", flush=True
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pool", type=Path, required=True, help="folder of the pool_*.npz files")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--sources", type=selected_sources, default=SOURCES, help="all, green, or names with commas")
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--most", type=int, default=0, help="only so many objects, evenly picked; 0 is all")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    compiled_library()
+    objects = open_pools(options.pool, options.sources, options.split)
+    if options.most:
+        objects = objects[:: max(1, len(objects) // options.most)][: options.most]
+    np.save(options.out / "sources.npy", np.array([SOURCES.index(source) for source, _ in objects]))
+    # Forked workers share the opened pools.
+    with multiprocessing.get_context("fork").Pool(options.processes) as workers:
+        for round_index in range(options.rounds):
+            render_round(options.out, objects, round_index, options.split == "train", workers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
