@@ -137,7 +137,7 @@ def test_active_levels(n_active: float) -> None:
     grid = filled(SMALL)
     x = sample_positions()
     everything = grid(x).detach()
-    grid.set_active_levels(n_active)
+    grid.active_levels = n_active
     factors = torch.tensor([min(max(n_active - level, 0), 1) for level in range(5)]).repeat_interleave(2)
     encoded = grid(x)
     assert encoded.shape == (len(x), 10)
@@ -232,8 +232,8 @@ class FakeEncoding(nn.Module):
 def test_tinycudann_is_called_with_our_parameter(warnings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tinycudann", types.SimpleNamespace(Encoding=FakeEncoding))
     ours, theirs = filled(SMALL, smooth=True), filled(replace(SMALL, encoder="tinycudann"), smooth=True)
-    ours.set_active_levels(3.5)
-    theirs.set_active_levels(3.5)
+    ours.active_levels = 3.5
+    theirs.active_levels = 3.5
     x = sample_positions()
     encoded = theirs._encoder(torch.device("cuda"))(x)
     torch.testing.assert_close(encoded, ours(x))
@@ -270,7 +270,7 @@ def kernels() -> Iterator[types.ModuleType]:
 def test_triton_equals_torch(kernels: types.ModuleType, smooth: bool, n_merged: int, half_reads: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     grid = filled(COARSE, smooth=smooth).to(device)
-    grid.set_active_levels(2.5)
+    grid.active_levels = 2.5
     x = sample_positions().to(device)
     reference_x, triton_x = x.double().requires_grad_(), x.clone().requires_grad_()
     reference_table, triton_table = (

@@ -187,16 +187,20 @@ class HashGrid(nn.Module):
         extents = [[level.resolution, level.offset, level.size] for level in self.levels]
         self.register_buffer("extents", torch.tensor(extents, dtype=torch.int32), persistent=False)
         self.register_buffer("level_weights", torch.ones(config.n_levels), persistent=False)
-        self.active_levels = float(config.n_levels)
+        self._active_levels = float(config.n_levels)
 
-    def set_active_levels(self, n: float) -> None:
-        """Coarse to fine: levels from `n` on answer zeros, and get no gradient; a fraction fades the last one in.
+    @property
+    def active_levels(self) -> float:
+        """Coarse to fine: levels from here on answer zeros and get no gradient; a fraction fades the last one in."""
+        return self._active_levels
 
-        Writes a device tensor in place, so that a captured step follows without being captured again.
-        """
-        self.active_levels = min(max(float(n), 0.0), float(len(self.levels)))
-        weights = (self.active_levels - torch.arange(len(self.levels))).clamp(0, 1)
-        self.level_weights.copy_(weights)
+    @active_levels.setter
+    def active_levels(self, n: float) -> None:
+        # A device tensor changed in place: a captured step follows without being captured again.
+        n = min(max(float(n), 0.0), float(len(self.levels)))
+        if n != self._active_levels:
+            self._active_levels = n
+            self.level_weights.copy_((n - torch.arange(len(self.levels))).clamp(0, 1))
 
     def forward(self, positions: Float[Tensor, "n 3"]) -> Float[Tensor, "n level_features"]:
         """Features, float32. Triton's result is stored feature by feature (a transposed view)."""
