@@ -393,6 +393,8 @@ class MeshConfig:
     """Width of the blend between photo and field at the border of the visible part, picture pixels at 512 px."""
     padding_px: int = 8
     """Texels grown around every chart."""
+    project_only: bool = False
+    """Puts the picture on the initial mesh as it is: nothing is optimised and no surface is extracted."""
     turntable_frames: int = 36
     turntable_size: int = 256
 

@@ -28,7 +28,7 @@ class Progress:
     """How far a job is."""
 
     stage: str
-    """prepare, warm_start, optimize, mesh or write."""
+    """prepare, warm_start, optimize, mesh, write or done."""
     step: int
     n_steps: int
     eta_s: float | None = None
@@ -55,8 +55,8 @@ class Monitor:
         """
         return None
 
-    def preview(self, rgb: Any, camera: Any) -> None:
-        """The preview asked for: (height, width, 3) uint8 sRGB array, and its camera."""
+    def preview(self, rgba: Any, camera: Any) -> None:
+        """The preview asked for: (height, width, 4) uint8 array, sRGB with straight alpha, and its camera."""
 
     def warning(self, message: str) -> None:
         """Something the user should know that does not stop the job."""

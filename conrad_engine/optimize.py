@@ -35,6 +35,8 @@ MAX_BAD_STEPS = 10
 """Non-finite steps in a row that end the run."""
 VIEW_HALF_FRAME = 0.85
 """Half side, at the origin, of the views shown to the prior: wider than the reference's, since the depth is unknown."""
+SDS_WEIGHT = 16.0
+"""Of the distillation gradient's mean over pixels and channels, against the other terms."""
 PAUSE_S = 0.05
 
 
@@ -187,7 +189,7 @@ def train_step(
         done = (state.step - (n_total - settings.n_steps)) / max(1, settings.n_steps)
         result = guidance.gradient(rgba.detach(), cameras, done, generator)
         # Score distillation, arXiv:2209.14988, Eq. 3: a given gradient as the loss whose gradient it is.
-        terms["sds"] = (rgba * result.gradient).sum()
+        terms["sds"] = SDS_WEIGHT * (rgba * result.gradient).mean()
     if progress > 0.3:
         terms["entropy"] = settings.entropy_weight * losses.entropy_loss(rendering.opacities)
     if settings.distortion_weight:
@@ -281,7 +283,6 @@ def sample_warm_start(
             cameras,
             n_steps=settings.warm_start_sampling,
             generator=generator,
-            on_step=lambda k: monitor.progress(Progress("warm_start", k, settings.warm_start_sampling)),
         )
         border = torch.cat([state.sampled[:, 3, :, :1], state.sampled[:, 3, :, -1:]], -1)
         if (border > 0.5).float().mean() < 0.02:

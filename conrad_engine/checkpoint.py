@@ -1,0 +1,75 @@
+"""Checkpoints: what a job needs to go on after it was stopped, cancelled or killed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .config import PipelineConfig
+from .errors import InputError
+from .files import write_atomic
+from .optimize import State
+
+CHECKPOINT_VERSION = 1
+FILE_NAME = "checkpoint.pt"
+
+
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """Identity of a job's inputs: a checkpoint only continues the job it came from."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _shape(config: PipelineConfig) -> dict:
+    """The settings that decide the shapes inside a checkpoint."""
+    return {
+        "field": asdict(config.field_),
+        "occupancy": config.render.occupancy_resolution,
+        "depth": config.constraint.depth_size,
+    }
+
+
+def save_checkpoint(folder: Path, state: State, config: PipelineConfig, inputs: str) -> None:
+    """Write the state atomically.
+
+    Raises:
+        InputError: The folder cannot be written; an older checkpoint is untouched.
+    """
+    buffer = io.BytesIO()
+    content = {"version": CHECKPOINT_VERSION, "inputs": inputs, "shape": _shape(config), "state": state.to_dict()}
+    torch.save(content, buffer)
+    write_atomic(folder / FILE_NAME, buffer.getbuffer())
+
+
+def load_checkpoint(folder: Path, state: State, config: PipelineConfig, inputs: str) -> bool:
+    """Take over the folder's checkpoint; False if there is none.
+
+    Raises:
+        InputError: It is broken, of another version, of another picture or of other field settings.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return False
+    advice = "choose another folder, or leave out --resume to start again"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        version = content["version"]
+    except (OSError, RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError):
+        raise InputError(f"{path} is not a checkpoint that can be read; {advice}") from None
+    if version != CHECKPOINT_VERSION:
+        raise InputError(f"{path} has version {version}, this program writes version {CHECKPOINT_VERSION}; {advice}")
+    if content["inputs"] != inputs:
+        raise InputError(f"{path} belongs to another picture, mask, camera or start mesh; {advice}")
+    if content["shape"] != _shape(config):
+        raise InputError(f"{path} was made with other field settings or another preset; {advice}")
+    state.load(content["state"])
+    return True

@@ -1,0 +1,285 @@
+"""One job: a picture in, a textured object out. Progress leaves through a `Monitor`; results lie in one folder.
+
+mesh.glb mesh.obj (+ mtl) mesh.ply texture.png   the object, in the world of the camera file
+sheet.png turntable.gif                          to look at
+config.json camera.json metrics.json log.txt     what was asked, where the camera stands, how good it is, what happened
+checkpoint.pt                                    to go on from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import __version__
+from .cameras import Camera, CameraSetup, Similarity
+from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from .config import HALF_BOX, REFERENCE_EXTENT, PipelineConfig, to_json
+from .constraint import ConstrainedField, ReferenceView, reference_view
+from .device import resolve_device, set_threads
+from .errors import InputError
+from .fields.radiance_field import make_field
+from .files import make_folder, write_json
+from .finish import Finished, finish
+from .guidance import make_guidance
+from .guidance.interfaces import Guidance, ReferencePicture
+from .mesh.glb import load_mesh
+from .mesh.occupancy import signed_distance_grid
+from .mesh.types import Mesh
+from .monitor import Monitor, Progress
+from .optimize import State, make_state, memory_bytes, n_total_steps, optimize
+from .preprocess.framing import Frame, condition_picture, frame_object
+from .preprocess.prepare import PreparedPicture, prepare_picture
+from .rendering.renderer import render_picture
+
+log = logging.getLogger(__name__)
+
+TRAINING_PICTURE = 256
+"""Pixels along the longer side of the picture that the optimisation sees; the texture takes the full one."""
+PREVIEW_SAMPLES = 96
+INITIAL_SHAPE_CELLS = 96
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a caller asks for. Files may be paths or their bytes."""
+
+    picture: Path | bytes
+    config: PipelineConfig
+    mask: Path | bytes | None = None
+    depth: Path | bytes | None = None
+    depth_kind: str = "relative"
+    camera: Path | dict | None = None
+    init_mesh: Path | bytes | None = None
+    name: str = "object"
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """The object in the caller's world, and where its files are."""
+
+    finished: Finished
+    folder: Path
+
+    @property
+    def mesh(self):
+        """The textured mesh; see `mesh.types.TexturedMesh`."""
+        return self.finished.mesh
+
+    @property
+    def metrics(self) -> dict:
+        return self.finished.metrics
+
+    @property
+    def glb(self) -> Path:
+        return self.folder / "mesh.glb"
+
+
+def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: bool = True) -> JobResult:
+    """Run a job to its end, going on from the folder's checkpoint if there is one.
+
+    Calling it again after the end makes the mesh again, with other settings if they changed, or goes on optimising if more
+    steps are asked for.
+
+    Raises:
+        InputError: An input or the folder cannot be used.
+        GuidanceError, MissingDependency, OptimizationError, MeshError: See there.
+        Cancelled: The monitor asked for it; the checkpoint is kept.
+    """
+    monitor = monitor or Monitor()
+    folder = make_folder(Path(folder))
+    config, started = job.config, time.monotonic()
+    device = resolve_device(config.device)
+    n_threads = set_threads(config.threads)
+    with _log_file(folder):
+        log.info("ConRad engine %s on %s with %d threads, preset %s", __version__, device, n_threads, config.preset)
+        monitor.progress(Progress("prepare", 0, 1))
+        prepared, frame, view, inputs = _prepare(job, monitor)
+        write_json(folder / "config.json", {"version": __version__, "name": job.name, **to_json(config)})
+        torch.manual_seed(config.seed)
+        state = make_state(
+            make_field(config.field_, _field_box(device)), [view.resized(TRAINING_PICTURE)], config, device
+        )
+        initial = _initial_shape(job, frame, state, config)
+        is_resumed = resume and load_checkpoint(folder, state, config, inputs)
+        seconds = {"prepare": time.monotonic() - started}
+        if state.step < n_total_steps(config):
+            guidance = _guidance(config, prepared, frame, device)
+            seconds["load"] = time.monotonic() - started - seconds["prepare"]
+            save = lambda s: save_checkpoint(folder, s, config, inputs)  # noqa: E731
+            show = lambda s: _show(s, view, frame, config, monitor)  # noqa: E731
+            if not is_resumed:
+                save(state)
+            optimize(state, guidance, frame.condition, config, monitor, save, show)
+        seconds["optimize"] = time.monotonic() - started - sum(seconds.values())
+        full = full_size_field(state, view, config)
+        finished = finish(state, full, view, initial, prepared, frame, config, folder, job.name, monitor)
+        seconds["finish"] = time.monotonic() - started - sum(seconds.values())
+        finished.metrics.update(
+            seconds=round(time.monotonic() - started, 2),
+            seconds_by_stage={name: round(value, 2) for name, value in seconds.items()},
+            device=str(device),
+            memory_bytes=_peak_memory(device),
+            n_skipped_steps=state.n_skipped,
+            steps=state.step,
+            warnings=list(prepared.warnings),
+        )
+        write_json(folder / "metrics.json", finished.metrics)
+        log.info("done in %.1f s", time.monotonic() - started)
+        monitor.progress(Progress("done", 1, 1, 0.0, {}, memory_bytes(device)))
+    return JobResult(finished, folder)
+
+
+def _prepare(job: Job, monitor: Monitor) -> tuple[PreparedPicture, Frame, ReferenceView, str]:
+    """The picture, the object frame, the reference view and the inputs' fingerprint."""
+    prepared = prepare_picture(job.picture, job.config.picture, job.mask, job.depth, job.depth_kind)
+    for message in prepared.warnings:
+        log.warning("%s", message)
+        monitor.warning(message)
+    setup = None if job.camera is None else CameraSetup.from_json(job.camera)
+    frame = frame_object(prepared.mask, setup, job.config.picture)
+    surface = _known_surface(prepared, frame, job.config)
+    view = reference_view(prepared.rgb, prepared.mask, frame.camera, surface)
+    camera = json.dumps(None if setup is None else setup.to_json(), sort_keys=True)
+    angles = (job.config.picture.elevation_deg, job.config.picture.fov_deg) if setup is None else ()
+    parts = [prepared.sha256.encode(), _content(job.mask), _content(job.depth), _content(job.init_mesh)]
+    return prepared, frame, view, fingerprint([*parts, camera.encode(), repr(angles).encode()])
+
+
+def _content(source: Path | bytes | None) -> bytes:
+    if source is None or isinstance(source, bytes):
+        return source or b""
+    try:
+        return hashlib.sha256(Path(source).read_bytes()).digest()
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}; give the path of an existing file") from None
+
+
+def _known_surface(prepared: PreparedPicture, frame: Frame, config: PipelineConfig) -> np.ndarray | None:
+    """The depth map as ray distances of the object frame; a relative one keeps its own scale and only feeds a loss."""
+    if prepared.depth is None:
+        if config.constraint.kind == "known_depth":
+            raise InputError(
+                "the constraint known_depth needs a metric depth map: give one with --depth and --depth-kind metric"
+            )
+        return None
+    depth = np.where(prepared.mask > 0.5, prepared.depth, np.nan)
+    if prepared.depth_kind == "relative":
+        if config.constraint.kind == "known_depth":
+            raise InputError(
+                "the constraint known_depth needs metric depth; a relative map can only guide the inferred form"
+            )
+        return depth
+    _, directions = frame.camera.rays()
+    along_axis = (directions @ frame.camera.forward).view(depth.shape).numpy()
+    return depth / along_axis / frame.to_world.scale
+
+
+def _field_box(device: torch.device) -> torch.Tensor:
+    """Sideways the silhouette bounds the object, up to perspective; its depth is unknown."""
+    side = 0.85 * HALF_BOX
+    return torch.tensor([[-side, -HALF_BOX, -side], [side, HALF_BOX, side]], device=device)
+
+
+def _initial_shape(job: Job, frame: Frame, state: State, config: PipelineConfig) -> Mesh | None:
+    """Let the field start from the user's mesh, given in the camera's world; returns it in the object frame."""
+    if job.init_mesh is None:
+        return None
+    mesh = load_mesh(job.init_mesh)
+    points = torch.from_numpy(mesh.vertices).double()
+    to_object = frame.to_world.inverse() if frame.has_camera else _fitted(points)
+    mesh = replace(mesh, vertices=to_object.points(points).float().numpy())
+    grid = signed_distance_grid(mesh, state.field.aabb.cpu().numpy(), INITIAL_SHAPE_CELLS)
+    if not (grid > 0).any():
+        raise InputError(
+            "the start mesh lies outside the object's space: it must stand in the world of the camera, around object_center"
+        )
+    state.field.initialize(torch.from_numpy(grid).to(state.field.aabb))
+    return mesh
+
+
+def _fitted(points: torch.Tensor) -> Similarity:
+    """Without a camera there is no common world: the mesh is centered, with the size of the silhouette."""
+    low, high = points.amin(0), points.amax(0)
+    scale = REFERENCE_EXTENT / float((high - low)[[0, 2]].max())
+    return Similarity(scale, torch.eye(3, dtype=torch.float64), -scale * (low + high) / 2)
+
+
+def _guidance(config: PipelineConfig, prepared: PreparedPicture, frame: Frame, device: torch.device) -> Guidance | None:
+    """The prior with its reference set; None when nothing will ask for it."""
+    if config.optimize.n_steps == 0 and (
+        config.optimize.warm_start_views == 0 or config.optimize.warm_start_steps == 0
+    ):
+        return None
+    guidance = make_guidance(config.guidance, device)
+    picture = condition_picture(prepared.rgb, prepared.mask, frame)
+    is_known = frame.has_camera or config.picture.is_elevation_known
+    reference = ReferencePicture(picture, frame.condition, is_known, config.prompt)
+    guidance.set_reference(reference)
+    if config.optimize.warm_start_views and not hasattr(guidance, "sample_views"):
+        raise InputError("only the embedded prior draws views for a warm start; set optimize.warm_start_views=0")
+    return guidance
+
+
+def full_size_field(state: State, view: ReferenceView, config: PipelineConfig) -> ConstrainedField:
+    """The constrained field with the full picture and a fresh surface: what evaluation and texturing look at."""
+    state.field.prepare()
+    state.constrained.set_progress(1.0)
+    state.constrained.infer_surfaces(2 * config.render.n_samples, state.occupancy)
+    return state.constrained.with_pictures([view])
+
+
+def _show(state: State, view: ReferenceView, frame: Frame, config: PipelineConfig, monitor: Monitor) -> None:
+    """Send the preview that the monitor asks for, if it does."""
+    camera: Camera | None = monitor.preview_camera()
+    if camera is None:
+        return
+    seen = frame.to_world.inverse().camera(camera).to(state.field.aabb.device, torch.float32)
+    state.field.prepare()
+    picture = render_picture(
+        state.constrained, seen, PREVIEW_SAMPLES, state.occupancy, config.render.max_points, config.render.early_stop
+    )
+    opacities = picture.opacities[..., None]
+    rgba = torch.cat([picture.rgb / opacities.clamp(min=1e-3), opacities], -1)
+    monitor.preview((rgba.clamp(0, 1) * 255).round().byte().cpu().numpy(), camera)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Largest memory in use so far: of the device on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except ImportError:  # Windows has no such module
+        return 0
+
+
+@contextmanager
+def _log_file(folder: Path) -> Iterator[None]:
+    """The engine's log lines go to the folder's `log.txt` while a job runs."""
+    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("conrad_engine")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except Exception:
+        logger.exception("the job failed")
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()

@@ -1,0 +1,41 @@
+"""Shared by all tests: one thread, explicit randomness, and a small synthetic picture."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def figure_rgba(height: int = 96, width: int = 96) -> np.ndarray:
+    """A figure with a red arm on the left of the picture, a blue one on the right and a green body: nothing symmetric."""
+    rgba = np.zeros((height, width, 4), np.uint8)
+    v, u = (np.mgrid[:height, :width] + 0.5) / [[[height]], [[width]]]
+    body = (np.abs(u - 0.5) < 0.14) & (np.abs(v - 0.52) < 0.36)
+    left = (u > 0.16) & (u < 0.4) & (np.abs(v - 0.4) < 0.07)
+    right = (u < 0.84) & (u > 0.6) & (np.abs(v - 0.55) < 0.07)
+    stripes = (np.sin(v * 60) > 0) & body
+    for mask, color in ((body, (40, 160, 60)), (stripes, (230, 220, 90)), (left, (210, 30, 30)), (right, (30, 40, 210))):
+        rgba[mask] = (*color, 255)
+    return rgba
+
+
+@pytest.fixture
+def figure() -> np.ndarray:
+    return figure_rgba()
+
+
+def png_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
