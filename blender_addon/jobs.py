@@ -83,11 +83,15 @@ class Job:
     """PNG file."""
     config: str = ""
     """The resolved settings of the result, JSON."""
+    texture: bytes = b""
+    """The result's texture as a PNG file."""
     result: Result | None = None
     """Arrays on their way into the scene."""
     wants_import: bool = False
     fetching: int = 0
     """Number of the result whose arrays were asked for."""
+    is_remembered: bool = False
+    """Known from notes of an earlier session only; the engine has not spoken of it yet."""
     problem: str = ""
     """What went wrong on this side: a refused request, an import that failed."""
 
@@ -101,11 +105,11 @@ class Job:
 
     @property
     def state_name(self) -> str:
-        return self.state.state if self.state else "sending"
+        return self.state.state if self.state else ("remembered" if self.is_remembered else "sending")
 
     @property
     def is_active(self) -> bool:
-        return self.state is None or self.state.state in ACTIVE_STATES
+        return self.state_name in ("sending", *ACTIVE_STATES)
 
     @property
     def result_number(self) -> int:
@@ -135,7 +139,7 @@ class Job:
         if self.problem:
             return self.problem
         if self.state is None:
-            return "Sending"
+            return "Known When the Engine Runs" if self.is_remembered else "Sending"
         if self.state.command:
             return "Finishing" if self.state.command == "keep" else "Stopping"
         match self.state.state:
@@ -174,7 +178,7 @@ class JobTable:
         self._folder = folder
         self.jobs: dict[str, Job] = {}
         for notes in self._saved_notes():
-            self.jobs[notes.job] = Job(notes)
+            self.jobs[notes.job] = Job(notes, is_remembered=True)
 
     def _saved_notes(self) -> list[Notes]:
         if self._folder is None or not self._folder.is_dir():
@@ -239,14 +243,10 @@ class JobTable:
             job.preview = preview
         return job
 
-    def unknown_to_engine(self, listed: set[str]) -> list[Job]:
-        """Jobs with notes that the engine does not have: another engine has them, or they were forgotten."""
-        return [job for job in self.jobs.values() if job.id not in listed and job.state is None]
-
     def imported(self, job: Job, number: int) -> None:
         """A result has come into a scene."""
         job.notes.imported = max(job.notes.imported, number)
-        job.wants_import, job.result, job.fetching = False, None, 0
+        job.wants_import, job.result, job.fetching, job.texture = False, None, 0, b""
         self.save(job.notes)
 
     @property

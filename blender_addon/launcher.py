@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .child import Child, tail
+from .protocol import Connection, EngineUnavailable
 
 MIN_PAUSE_S = 5.0
 MAX_FAILURES = 3
@@ -17,27 +17,6 @@ START_TIMEOUT_S = 60.0
 
 class CannotStart(Exception):
     """The engine is not started; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Announcement:
-    """The one JSON line an engine prints when it can be talked to."""
-
-    endpoint: str
-    version: str
-    pid: int
-    token: str
-
-    @staticmethod
-    def from_line(line: str) -> Announcement | None:
-        """Read the line; None when it is something else."""
-        try:
-            data = json.loads(line)
-            return Announcement(
-                str(data["endpoint"]), str(data.get("version", "")), int(data["pid"]), str(data["token"])
-            )
-        except (ValueError, KeyError, TypeError):
-            return None
 
 
 @dataclass
@@ -75,7 +54,7 @@ class Launcher:
         self.log = folder / "engine.log"
         self._output = folder / "engine.announce"
         self.child: Child | None = None
-        self.announcement: Announcement | None = None
+        self.announcement: Connection | None = None
         self.breaker = Breaker()
         self.exit_code: int | None = None
         """Of the last engine that ended by itself; None if the last one ended because it was asked to."""
@@ -132,10 +111,9 @@ class Launcher:
             self._output.unlink(missing_ok=True)
             return "ended"
         if self.announcement is None:
-            for line in tail(self._output):
-                self.announcement = Announcement.from_line(line)
-                if self.announcement is not None:
-                    return "announced"
+            self.announcement = _announced(self._output)
+            if self.announcement is not None:
+                return "announced"
             if now - self.breaker.last_start > START_TIMEOUT_S and not self.child.is_stopping:
                 self.child.terminate()
                 self.breaker.failed()
@@ -163,6 +141,16 @@ class Launcher:
             return ""
         how = f"signal {-self.exit_code}" if self.exit_code < 0 else f"exit code {self.exit_code}"
         return "\n".join([f"The engine ended with {how}", *tail(self.log, n_lines)])
+
+
+def _announced(output: Path) -> Connection | None:
+    """What the engine printed, once the line is there as a whole."""
+    for line in tail(output):
+        try:
+            return Connection.from_json(line)
+        except EngineUnavailable:
+            continue
+    return None
 
 
 def _shorten(log: Path, limit_bytes: int = 5_000_000) -> None:

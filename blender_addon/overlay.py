@@ -1,0 +1,236 @@
+"""The forming object in the viewport: the newest preview, drawn as a picture that stands in the scene.
+
+The viewport's own view goes to the engine as the preview's camera. A preview brings its camera back; it is drawn on the
+plane through the object's center that faces that camera, so it lies exactly right once the view rests and follows pans
+and zooms before that. While the view moves small previews are asked for, at rest larger ones.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+
+import bpy
+import gpu
+import numpy as np
+from gpu_extras.batch import batch_for_shader
+from mathutils import Vector
+
+from . import camera_math as cm
+from . import link, preferences, scene_tools, thumbnails
+from .jobs import Job
+from .protocol import Preview, SetPreview
+from .session import Event
+
+MOVING_SIZE, RESTING_SIZE = 160, 320
+REST_S, LONG_REST_S = 0.25, 1.0
+ASK_EVERY_S = 0.08
+MAX_TURN_DEG = 60.0
+MARGIN = 0.75
+"""Half of the shown window, in sizes of the object around its center."""
+
+_handle: object | None = None
+_texture: gpu.types.GPUTexture | None = None
+_shown: Preview | None = None
+_pending: Preview | None = None
+_serial = 0
+_asked: tuple = ()
+_asked_at = 0.0
+_view: tuple = ()
+_moved_at = 0.0
+
+
+def _take(events: list[Event]) -> None:
+    """A new preview has come: it is drawn from now on."""
+    global _pending
+    jobs = link.session().table.jobs
+    for event in events:
+        job = jobs.get(event.job)
+        if event.kind == "preview" and job is not None and job.preview is not None and job.notes.setup:
+            _pending = job.preview
+            scene_tools.redraw(kinds=("VIEW_3D",), view=True)
+        if event.kind in ("job", "forgotten") and _pending is not None and event.job == _pending.job:
+            if job is None or not job.is_active:
+                clear()
+                scene_tools.redraw(kinds=("VIEW_3D",), view=True)
+
+
+def clear() -> None:
+    """Show nothing any more."""
+    global _texture, _shown, _pending, _asked
+    _texture = _shown = _pending = None
+    _asked = ()
+
+
+def _watched_job() -> Job | None:
+    job = link.session().table.shown() if link.has_session() else None
+    return job if job is not None and job.state_name in ("running", "paused") else None
+
+
+def _step() -> bool:
+    """Tell the engine where the view is, when it has changed or come to rest."""
+    global _serial, _asked, _asked_at, _view, _moved_at
+    job = _watched_job()
+    if job is None or bpy.app.background:
+        return False
+    settings = scene_tools.scene_now().conrad
+    now = monotonic()
+    if not settings.use_overlay or not job.notes.setup:
+        request = ("turning", job.id)
+        if _asked != request:
+            _asked, _asked_at = request, now
+            link.session().tell(SetPreview(job.id, True, width=256, height=256))
+        return True
+    found = _moved_view()
+    if found is None:
+        return True
+    region, space_data, key = found
+    if key != _view:
+        _view, _moved_at = key, now
+    rest = now - _moved_at
+    largest = preferences.get().preview_size
+    size = MOVING_SIZE if rest < REST_S else (RESTING_SIZE if rest < LONG_REST_S else largest)
+    request = (job.id, key, min(size, largest))
+    if request == _asked or now - _asked_at < ASK_EVERY_S:
+        return True
+    view = window_on_object(space_data, region.width, region.height, job.notes.setup, request[2])
+    if view is None:
+        return True
+    _asked, _asked_at, _serial = request, now, _serial + 1
+    pose, lens, width, height = view
+    link.session().tell(
+        SetPreview(
+            job.id,
+            True,
+            _serial,
+            tuple(float(x) for x in pose.ravel()),
+            tuple(float(x) for x in lens),
+            width,
+            height,
+        )
+    )
+    return True
+
+
+_last_keys: dict[int, tuple] = {}
+
+
+def _moved_view() -> tuple[bpy.types.Region, bpy.types.RegionView3D, tuple] | None:
+    """The 3D view that was moved last: the first one whose view differs from the last look, else the one before."""
+    views = []
+    for window in bpy.context.window_manager.windows:
+        for area in window.screen.areas:
+            if area.type == "VIEW_3D":
+                region = next(r for r in area.regions if r.type == "WINDOW")
+                data = area.spaces.active.region_3d
+                matrix = np.array(data.window_matrix) @ np.array(data.view_matrix)
+                key = (area.as_pointer(), region.width, region.height, *np.round(matrix, 5).ravel().tolist())
+                views.append((region, data, key))
+    if not views:
+        _last_keys.clear()
+        return None
+    changed = [view for view in views if _last_keys.get(view[2][0]) != view[2]]
+    _last_keys.clear()
+    _last_keys.update({view[2][0]: view[2] for view in views})
+    same = [view for view in views if _view and view[2][0] == _view[0]]
+    return (changed or same or views)[0]
+
+
+def window_on_object(
+    data: bpy.types.RegionView3D, region_width: int, region_height: int, setup: dict, largest: int
+) -> tuple[np.ndarray, tuple[float, float, float, float], int, int] | None:
+    """The camera of the part of a viewport that shows the object.
+
+    Returns:
+        Pose, intrinsics, width and height; None when the object is out of sight.
+    """
+    center, size = np.array(setup["object_center"]), setup["object_size"]
+    pose, lens = cm.view_camera(
+        np.array(data.view_matrix), np.array(data.window_matrix), region_width, region_height, center, size
+    )
+    offsets = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * size * MARGIN
+    uv, depths = cm.project(center + offsets, pose, lens)
+    if depths.min() <= 1e-6:
+        low, high = np.zeros(2), np.array([region_width, region_height], float)
+    else:
+        low = np.clip(uv.min(0), 0, [region_width, region_height])
+        high = np.clip(uv.max(0), 0, [region_width, region_height])
+    if (high - low).min() < 4:
+        return None
+    scale = min(largest / float((high - low).max()), 1.0)
+    width, height = (int(max(round(x), 8)) for x in (high - low) * scale)
+    sx, sy = width / (high[0] - low[0]), height / (high[1] - low[1])
+    fx, fy, cx, cy = lens
+    return pose, (fx * sx, fy * sy, (cx - low[0]) * sx, (cy - low[1]) * sy), width, height
+
+
+def corners(preview: Preview, center: np.ndarray) -> list[Vector]:
+    """The picture's corners in the world, on the plane through the center that faces its camera: lower left, lower
+    right, upper right, upper left."""
+    height, width = preview.rgb.shape[:2]
+    pose = np.array(preview.c2w).reshape(4, 4)
+    fx, fy, cx, cy = preview.intrinsics
+    depth = float((pose[:3, 3] - center) @ pose[:3, 2])
+    found = []
+    for u, v in ((0, height), (width, height), (width, 0), (0, 0)):
+        local = np.array([(u - cx) / fx, (cy - v) / fy, -1.0]) * depth
+        found.append(Vector(pose[:3, 3] + pose[:3, :3] @ local))
+    return found
+
+
+def _draw() -> None:
+    """Draw handler of every 3D view; reads state, changes nothing but the texture."""
+    global _texture, _shown, _pending
+    job = _watched_job()
+    context = bpy.context
+    settings = context.scene.conrad
+    if job is None or not settings.use_overlay or not job.notes.setup:
+        return
+    if _pending is not None and _pending is not _shown and _pending.c2w:
+        _texture, _shown = _make_texture(_pending), _pending
+    if _texture is None or _shown is None or _shown.job != job.id:
+        return
+    center = np.array(job.notes.setup["object_center"])
+    forward = np.array(context.region_data.view_matrix)[2, :3]
+    if forward @ np.array(_shown.c2w).reshape(4, 4)[:3, 2] < np.cos(np.radians(MAX_TURN_DEG)):
+        return
+    shader = gpu.shader.from_builtin("IMAGE_COLOR")
+    batch = batch_for_shader(
+        shader,
+        "TRI_FAN",
+        {"pos": corners(_shown, center), "texCoord": ((0, 0), (1, 0), (1, 1), (0, 1))},
+    )
+    gpu.state.blend_set("ALPHA")
+    gpu.state.depth_test_set("NONE")
+    shader.bind()
+    shader.uniform_sampler("image", _texture)
+    shader.uniform_float("color", (1.0, 1.0, 1.0, settings.overlay_opacity))
+    batch.draw(shader)
+    gpu.state.blend_set("NONE")
+
+
+def _make_texture(preview: Preview) -> gpu.types.GPUTexture:
+    rgba = thumbnails.rgba_of(preview.rgb.shape, preview.rgb.data)
+    height, width = rgba.shape[:2]
+    data = gpu.types.Buffer("FLOAT", width * height * 4, rgba.ravel())
+    return gpu.types.GPUTexture((width, height), format="RGBA8", data=data)
+
+
+def register() -> None:
+    global _handle
+    link.listeners.append(_take)
+    link.steps.append(_step)
+    if not bpy.app.background:
+        _handle = bpy.types.SpaceView3D.draw_handler_add(_draw, (), "WINDOW", "POST_VIEW")
+
+
+def unregister() -> None:
+    global _handle
+    if _take in link.listeners:
+        link.listeners.remove(_take)
+    if _step in link.steps:
+        link.steps.remove(_step)
+    if _handle is not None:
+        bpy.types.SpaceView3D.draw_handler_remove(_handle, "WINDOW")
+        _handle = None
+    clear()
+    _last_keys.clear()
