@@ -1,0 +1,182 @@
+"""One step of score distillation through a latent diffusion model, whatever the model is conditioned on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..config import StableDiffusionConfig, Zero123Config
+from . import sds
+from .interfaces import GuidanceResult
+from .latents import LatentSpace, composited, picture_gradient, resized
+from .memory import MemoryPlan, smaller_plan
+from .schedule import sample_times, time_range, times_to_timesteps
+
+log = logging.getLogger(__name__)
+
+UNIT = 4 * 32 * 32
+"""Gradients are those of the usual sum over latent elements, divided by this: the latent elements of a 256 px picture. A
+sum keeps published ratios between priors; the division brings it to the size of the other losses, which are means."""
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """What the model was trained with."""
+
+    alphas_cumprod: Float[Tensor, " n_train_steps"]
+    prediction_type: str
+
+    @staticmethod
+    def read(folder: Path, device: torch.device) -> NoiseSchedule:
+        """From a model's scheduler settings, whatever sampler they name."""
+        from diffusers import DDPMScheduler
+
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        return NoiseSchedule(scheduler.alphas_cumprod.float().to(device), scheduler.config.prediction_type)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A conditioned denoiser for the views of one step; both answer noise."""
+
+    guided: Callable[[Tensor, Tensor, slice], Tensor]
+    """(noisy, timesteps, views) -> noise_pred with classifier-free guidance."""
+    unconditional: Callable[[Tensor, Tensor, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """The random numbers of one step, drawn before it so that a second attempt sees the same ones."""
+
+    timesteps: Int[Tensor, " n"]
+    noise: Float[Tensor, "n 4 h w"]
+    background: Float[Tensor, "n 3 1 1"]
+
+
+class Distiller:
+    """The part that Stable Diffusion and Zero123 have in common."""
+
+    def __init__(
+        self,
+        space: LatentSpace,
+        schedule: NoiseSchedule,
+        config: StableDiffusionConfig | Zero123Config,
+        plan: MemoryPlan,
+        picture_size: int,
+    ) -> None:
+        self.space, self.schedule, self.config, self.picture_size = space, schedule, config, picture_size
+        self.shows_denoised = False
+        """Set it to have the model's own pictures in the results; costs a decoding a view."""
+        self.use(plan)
+
+    def use(self, plan: MemoryPlan) -> None:
+        self.plan = plan
+        self.space.apply(plan)
+
+    def gradient(
+        self,
+        rgba: Float[Tensor, "n 4 height width"],
+        progress: float,
+        generator: torch.Generator | None,
+        denoiser: Denoiser,
+        white_background: bool,
+    ) -> GuidanceResult:
+        """Out of memory, the step is done again with the next smaller preset, and the following ones too.
+
+        Raises:
+            torch.OutOfMemoryError: The smallest preset does not fit either.
+        """
+        low, high = time_range(
+            progress, self.config.schedule, self.config.t_min, self.config.t_start, self.config.t_end
+        )
+        draws = self._draw(rgba, low, high, generator, white_background)
+        while True:
+            try:
+                result = self._step(rgba, draws, denoiser)
+                break
+            except torch.OutOfMemoryError:
+                plan = smaller_plan(self.plan)
+                if plan is None:
+                    raise
+            # Outside the handler: the exception holds the failed step's tensors.
+            torch.cuda.empty_cache()
+            log.warning("out of memory with preset %s; going on with preset %s", self.plan.name, plan.name)
+            self.use(plan)
+        gradient, loss, denoised = result
+        return GuidanceResult(gradient, loss, denoised, {"time_low": low, "time_high": high})
+
+    def _draw(
+        self, rgba: Tensor, low: float, high: float, generator: torch.Generator | None, white_background: bool
+    ) -> _Draws:
+        n, side = len(rgba), self.picture_size // self.space.factor
+        where = rgba.device if generator is None else generator.device
+        timesteps = times_to_timesteps(sample_times(n, low, high, generator), len(self.schedule.alphas_cumprod))
+        noise = torch.randn(n, 4, side, side, generator=generator, device=where)
+        color = torch.rand(n, 4, 1, 1, generator=generator, device=where)
+        # Half of the views get a gray, half a color: the field must not use the background as part of the object.
+        plain = torch.where(color[:, 3:] < 0.5, color[:, :1].expand(-1, 3, -1, -1), color[:, :3])
+        background = torch.ones_like(plain) if white_background else plain
+        return _Draws(timesteps.to(rgba.device), noise.to(rgba.device), background.to(rgba.device))
+
+    def _step(self, rgba: Tensor, draws: _Draws, denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor | None]:
+        gradients, losses, pictures = [], [], []
+        for start in range(0, len(rgba), self.plan.views_at_once):
+            views = slice(start, min(start + self.plan.views_at_once, len(rgba)))
+            background = draws.background[views]
+
+            def to_latents(part: Tensor, background: Tensor = background) -> Tensor:
+                return self.space.encode(resized(composited(part, background), self.picture_size))
+
+            def latent_gradient(latents: Tensor, views: slice = views) -> Tensor:
+                gradient, clean = self._latent_gradient(latents, draws, denoiser, views)
+                if self.shows_denoised:
+                    rgb = resized(self.space.decode(clean), rgba.shape[-1])
+                    pictures.append(torch.cat([rgb, torch.ones_like(rgb[:, :1])], 1))
+                return gradient * (self.config.strength / UNIT / len(rgba))
+
+            to_rgba, gradient = picture_gradient(rgba[views], to_latents, latent_gradient)
+            gradients.append(to_rgba)
+            losses.append(0.5 * gradient.square().sum())
+        return torch.cat(gradients), torch.stack(losses).sum(), torch.cat(pictures) if pictures else None
+
+    def _latent_gradient(
+        self, latents: Tensor, draws: _Draws, denoiser: Denoiser, views: slice
+    ) -> tuple[Tensor, Tensor]:
+        timesteps, noise = draws.timesteps[views], draws.noise[views]
+        alphas = self.schedule.alphas_cumprod[timesteps]
+        weights = sds.weighting(alphas, self.config.weighting)
+        if isinstance(self.config, StableDiffusionConfig) and self.config.objective == "ism":
+            noisy, compared = self._inverted(latents, noise, timesteps, denoiser, views)
+            noise_pred = denoiser.guided(noisy, timesteps, views)
+            gradient = sds.ism_gradient(noise_pred, compared, weights)
+        else:
+            noisy = sds.add_noise(latents, noise, alphas)
+            noise_pred = denoiser.guided(noisy, timesteps, views)
+            gradient = sds.sds_gradient(noise_pred, noise, weights)
+        return gradient, sds.noise_to_clean(noise_pred, noisy, alphas)
+
+    def _inverted(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, denoiser: Denoiser, views: slice
+    ) -> tuple[Tensor, Tensor]:
+        """z_t by DDIM inversion over z_s, and ε̂(z_s, s, ∅) (LucidDreamer, arXiv:2311.11284, section 4.2).
+
+        The inversion starts from the model's least noise, added at random: at none at all it was never trained.
+        """
+        assert isinstance(self.config, StableDiffusionConfig)
+        alphas = self.schedule.alphas_cumprod
+        interval = round(self.config.ism_interval * len(alphas))
+        before = (timesteps - interval).clamp(min=1)
+        now = torch.zeros_like(timesteps)
+        noisy = sds.add_noise(latents, noise, alphas[now])
+        for step in range(1, self.config.ism_steps + 1):
+            then = (before * step) // self.config.ism_steps
+            noisy = sds.ddim_move(denoiser.unconditional(noisy, now, views), noisy, alphas[now], alphas[then])
+            now = then
+        compared = denoiser.unconditional(noisy, now, views)
+        return sds.ddim_move(compared, noisy, alphas[now], alphas[timesteps]), compared

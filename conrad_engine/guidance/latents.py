@@ -1,0 +1,121 @@
+"""Between rendered pictures and the latents of a diffusion model, with the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..config import WeightsConfig
+from .memory import MemoryPlan
+from .weights import DTYPES, load_component, model_folder
+
+Pictures = Float[Tensor, "n 3 height width"]
+TILE = 256
+"""Pixels a side of a tile, where the autoencoder sees the picture in tiles."""
+
+TINY_SCALING = 0.18215
+"""Tiny autoencoders answer Stable Diffusion's latents already scaled by this."""
+
+
+def composited(rgba: Float[Tensor, "n 4 height width"], background: Float[Tensor, "n 3 1 1"]) -> Pictures:
+    """Premultiplied color over a plain background."""
+    return rgba[:, :3] + (1 - rgba[:, 3:]) * background
+
+
+def resized(pictures: Float[Tensor, "n c height width"], size: int) -> Float[Tensor, "n c size size"]:
+    """Square pictures of another size; smoothed first where they shrink."""
+    if pictures.shape[-1] == size:
+        return pictures
+    return F.interpolate(
+        pictures, (size, size), mode="bilinear", align_corners=False, antialias=pictures.shape[-1] > size
+    )
+
+
+class LatentSpace:
+    """An autoencoder of diffusers, its own or a tiny one, and the scale of its latents."""
+
+    def __init__(self, vae: Any, device: torch.device) -> None:
+        from diffusers import AutoencoderTiny
+
+        self.vae = vae.to(device)
+        self.dtype = vae.dtype
+        self.is_tiny = isinstance(vae, AutoencoderTiny)
+        self.scaling = float(vae.config.scaling_factor)
+        self.factor = 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
+        """Pixels a latent."""
+
+    def apply(self, plan: MemoryPlan) -> None:
+        """Trade time for memory as the preset says."""
+        if plan.recomputes:
+            self.vae.enable_gradient_checkpointing()
+        else:
+            self.vae.disable_gradient_checkpointing()
+        if plan.tiles and not self.is_tiny:
+            self.vae.enable_tiling()
+            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = TILE, TILE // self.factor
+        elif not self.is_tiny:
+            self.vae.disable_tiling()
+
+    def encode(self, rgb: Pictures) -> Float[Tensor, "n 4 h w"]:
+        """Scaled latents of pictures in [0, 1], differentiable: the posterior's mean, which has no noise of its own."""
+        if self.is_tiny:
+            return self.vae.encode(self._input(rgb)).latents.float() * self.scaling
+        return self.vae.encode(self._input(rgb)).latent_dist.mode().float() * self.scaling
+
+    def encode_unscaled(self, rgb: Pictures) -> Float[Tensor, "n 4 h w"]:
+        """Latents as the autoencoder gives them, which is how Zero123 takes its condition picture."""
+        return self.encode(rgb) / (TINY_SCALING if self.is_tiny else self.scaling)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "n 4 h w"]) -> Pictures:
+        pictures = self.vae.decode((latents / self.scaling).to(self.dtype)).sample
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+    def _input(self, rgb: Pictures) -> Pictures:
+        return rgb.to(self.dtype) * 2 - 1
+
+
+def load_latent_space(folder: Path, weights: WeightsConfig, device: torch.device) -> LatentSpace:
+    """A model's own autoencoder, or the tiny one that the settings name."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    dtype = DTYPES[weights.precision]
+    if weights.tiny_autoencoder:
+        tiny = model_folder(weights.tiny_autoencoder, ("",), weights)
+        return LatentSpace(load_component(tiny, "", AutoencoderTiny, dtype, weights), device)
+    # Some autoencoders (XL's) overflow in float16 and say so in their settings.
+    if dtype == torch.float16 and AutoencoderKL.load_config(folder, subfolder="vae").get("force_upcast", False):
+        dtype, weights = torch.float32, replace(weights, precision="float32")
+    return LatentSpace(load_component(folder, "vae", AutoencoderKL, dtype, weights), device)
+
+
+def picture_gradient(
+    rgba: Float[Tensor, "n 4 height width"],
+    to_latents: Callable[[Tensor], Tensor],
+    latent_gradient: Callable[[Tensor], Tensor],
+) -> tuple[Float[Tensor, "n 4 height width"], Tensor]:
+    """The gradient to pictures of a loss whose gradient to their latents is known.
+
+    Args:
+        to_latents: From RGBA pictures to latents, differentiable.
+        latent_gradient: From detached latents to the loss's gradient.
+
+    Returns:
+        The gradient to `rgba`, and the one to the latents.
+    """
+    leaf = rgba.detach().float().requires_grad_()
+    with torch.enable_grad():
+        latents = to_latents(leaf)
+    with torch.no_grad():
+        gradient = latent_gradient(latents.detach()).float()
+    # The backward pass is linear: with a largest element of one, half precision neither overflows nor loses small parts.
+    largest = gradient.abs().amax().clamp(min=1e-20)
+    (to_rgba,) = torch.autograd.grad(latents, leaf, gradient / largest)
+    return to_rgba * largest, gradient
