@@ -281,6 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--most", type=int, default=0, help="only so many objects, evenly picked; 0 is all")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    for stale in options.out.glob("done_*"):
+        stale.unlink()
     compiled_library()
     objects = open_pools(options.pool, options.sources, options.split)
     if options.most:

@@ -1,0 +1,334 @@
+"""Trains the embedded prior on rendered views for a given time, on any number of GPUs (or a CPU).
+
+    python -m conrad_engine.training.views --pool POOL --out CACHE/train --rounds 20 &
+    python -m conrad_engine.training.views --pool POOL --out CACHE/val --split val &
+    torchrun --nproc-per-node 2 -m conrad_engine.training.train --data CACHE/train --val CACHE/val --state RUN --export OUT \
+        --plan 1080 --deadline UNIXTIME [--init weights.safetensors]
+
+`--plan` is the training time in seconds over all calls that share `--state` (they resume its checkpoint); `--deadline` ends
+this call. The learning rate falls to 0 at whichever comes first. `--export` gets the averaged weights in pieces
+(`cat OUT/prior.safetensors.part* > prior.safetensors`), `train.jsonl` and `samples.png`, each written atomically.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from ..guidance.embedded.sampling import ConditionedPrior
+from ..guidance.embedded.unet import Group, Layout, ViewPrior, alpha_sigma
+from ..guidance.embedded.weights import load, to_bytes
+from .batches import Batch, ViewStore
+from .sheets import write_sheet
+
+WIDTHS = (128, 224, 224)
+PEAK_RATE, WARMUP_STEPS, DECAY_FROM = 5e-4, 400, 0.45
+EMA_DECAY = 0.9995
+MAX_NORM = 1.0
+P_FINISHED = 0.4
+"""Chance that a target of a mixed group is an almost clean, finished view."""
+CLOCK_STEPS, LOG_STEPS, VALIDATE_STEPS, SAVE_SECONDS = 20, 200, 1000, 120
+RESERVE_SECONDS = 25
+"""Kept before the deadline for the last validation, samples and export."""
+PIECE_BYTES = 15 * 2**20
+
+
+class Workers:
+    """The processes that train together; alone without torchrun."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        has_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
+        if has_gpu:
+            torch.cuda.set_device(self.device)
+        if self.count > 1:
+            dist.init_process_group("nccl" if has_gpu else "gloo")
+
+    def average(self, values: Tensor) -> None:
+        """In place, over all processes."""
+        if self.count > 1:
+            dist.all_reduce(values)
+            values /= self.count
+
+    def agree(self, value: float) -> float:
+        """The first process's value."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
+
+def training_layout(unit: int) -> Layout:
+    """31 targets a unit: 15 jointly at one noise level, 8 jointly at mixed ones (see `draw_times`), 8 independently."""
+    return Group(unit, 7, True), Group(4 * unit, 4, True), Group(2 * unit, 4, False)
+
+
+def stratified(n: int, device: torch.device) -> Float[Tensor, " n"]:
+    return (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
+
+
+def draw_times(unit: int, device: torch.device) -> Float[Tensor, " b"]:
+    """Noise times for `training_layout`: joint groups share one, but the last 2 * unit references of the second group mix.
+
+    Half of the mixed references have a time of their own for each target; in the other half some targets are finished views.
+    """
+    shared = stratified(5 * unit, device)
+    seven, four, mixed = shared[:unit, None].expand(-1, 7), shared[unit : 3 * unit, None], shared[3 * unit :, None]
+    own = stratified(8 * unit, device).view(2 * unit, 4)
+    is_finished = torch.rand(2 * unit, 4, device=device) < P_FINISHED
+    partly = torch.where(is_finished, 0.03 * own, mixed.expand(-1, 4))
+    is_own = (torch.arange(2 * unit, device=device) < unit)[:, None]
+    mixed = torch.where(is_own, own, partly)
+    parts = seven, four.expand(-1, 4), mixed, stratified(8 * unit, device)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def v_errors(net: torch.nn.Module, batch: Batch, t: Tensor, noise: Tensor, layout: Layout) -> Float[Tensor, " b"]:
+    """Mean squared error of the predicted v, one number a target."""
+    alpha, sigma = alpha_sigma(t)
+    noisy = alpha * batch.targets + sigma * noise
+    v = net(noisy, t, batch.cameras, batch.picture, batch.reference, layout).float()
+    return (v - (alpha * noise - sigma * batch.targets)).square().mean((1, 2, 3))
+
+
+def loss_weights(t: Tensor) -> Tensor:
+    """In terms of the clean picture min(SNR + 1, 5): nearly clean pictures do not dominate (cf. arXiv:2303.09556)."""
+    return (5 * (t * (torch.pi / 2)).sin().square()).clamp(max=1)
+
+
+def learning_rate(step: int, progress: float) -> float:
+    decay = 1.0 if progress < DECAY_FROM else max(0.0, (1 - progress) / (1 - DECAY_FROM))
+    return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+
+
+@torch.no_grad()
+def validate(net: ViewPrior, views: ViewStore, unit: int, cast: torch.autocast) -> dict[str, list[float]]:
+    """Mean v error in four bands of t on unseen objects with fixed noise, denoised jointly and independently."""
+    device = views.device
+    devices = [device] if device.type == "cuda" else []
+    bands: dict[str, list[float]] = {}
+    with torch.random.fork_rng(devices=devices):
+        for name, is_joint in (("joint", True), ("independent", False)):
+            torch.manual_seed(1)
+            rows = []
+            for _ in range(4):
+                layout = (Group(4 * unit, 4, is_joint),)
+                batch = views.batch(layout, is_training=False)
+                t = stratified(4 * unit, device).sort().values.repeat_interleave(4)
+                with cast:
+                    error = v_errors(net, batch, t, torch.randn_like(batch.targets), layout)
+                rows.append(error.view(4, -1).mean(1))
+            bands[name] = [round(x, 5) for x in torch.stack(rows).mean(0).tolist()]
+    return bands
+
+
+@torch.no_grad()
+def draw_samples(
+    net: ViewPrior, views: ViewStore, path: Path, cast: torch.autocast, n_objects: int, n_steps: int
+) -> None:
+    """A sheet of unseen objects: reference and true views above, joint samples below."""
+    torch.manual_seed(2)
+    layout = (Group(n_objects, 7, True),)
+    batch = views.batch(layout, is_training=False)
+    conditioned = ConditionedPrior(net, batch.picture, batch.reference, cast)
+    samples = conditioned.sample(batch.cameras, n_steps, 2.0)
+    rows = []
+    for i in range(n_objects):
+        mine = slice(7 * i, 7 * i + 7)
+        rows.append(torch.cat([batch.picture[i : i + 1], batch.targets[mine]]))
+        rows.append(torch.cat([-torch.ones_like(batch.picture[:1]), samples[mine]]))
+    write_sheet(rows, path)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+class Trainer:
+    """Network, average, optimizer and clock of one process."""
+
+    def __init__(self, options: argparse.Namespace, workers: Workers) -> None:
+        self.options, self.workers, self.device = options, workers, workers.device
+        widths = tuple(options.widths)
+        torch.manual_seed(0)  # the same start in all processes
+        net = load(options.init).requires_grad_(True).train() if options.init else ViewPrior(widths)
+        self.net = net.to(self.device).to(memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.parameters, self.averages = list(self.net.parameters()), list(self.ema.parameters())
+        is_fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=is_fused
+        )
+        # All gradients lie in one buffer, so averaging over processes and clipping are single calls.
+        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
+        offset = 0
+        for p in self.parameters:
+            p.grad = self.gradients.as_strided(p.size(), p.stride(), offset)
+            offset += p.numel()
+        self.step, self.trained_s, self.n_bad = 0, 0.0, torch.zeros((), device=self.device)
+        self.cast = torch.autocast(self.device.type, torch.bfloat16)
+        self.layout = training_layout(options.unit)
+        self.compiled = self.net
+        if options.compile != "none":
+            self.compiled = torch.compile(self.net, dynamic=False, fullgraph=True, backend=options.compile)
+        self.checkpoint = options.state / "checkpoint.pt"
+
+    def resume(self) -> None:
+        if self.checkpoint.exists():
+            saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            self.net.load_state_dict(saved["net"])
+            self.ema.load_state_dict(saved["ema"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.trained_s = saved["step"], saved["trained_s"]
+
+    def backward(self, views: ViewStore) -> Tensor:
+        """Gradients of one batch into the buffer; returns the mean weighted error of the three groups of the layout."""
+        batch, t = views.batch(self.layout), draw_times(self.options.unit, self.device)
+        with self.cast:
+            errors = v_errors(self.compiled, batch, t, torch.randn_like(batch.targets), self.layout)
+        weighted = errors * loss_weights(t)
+        self.gradients.zero_()
+        weighted.mean().backward()
+        unit = self.options.unit
+        parts = weighted.detach().split([15 * unit, 8 * unit, 8 * unit])
+        return torch.stack([part.mean() for part in parts])
+
+    def update(self, rate: float) -> Tensor:
+        """One optimizer step on the averaged gradient; a non-finite one is counted and left out. Returns its norm."""
+        self.workers.average(self.gradients)
+        norm = self.gradients.norm()
+        is_good = torch.isfinite(norm)
+        self.n_bad += ~is_good
+        # Selected, not multiplied: 0 * nan would be nan.
+        clipped = self.gradients * (MAX_NORM / norm.clamp(min=MAX_NORM))
+        self.gradients.copy_(torch.where(is_good, clipped, torch.zeros_like(clipped)))
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+        self.optimizer.step()
+        self.step += 1
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - min(EMA_DECAY, self.step / (self.step + 20)))
+        return norm
+
+    def save(self) -> None:
+        """Checkpoint for resuming, and the averaged weights in pieces; the first process only."""
+        state = {"net": self.net.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save({**state, "step": self.step, "trained_s": self.trained_s}, temporary)
+        temporary.replace(self.checkpoint)
+        data = to_bytes(self.ema, tuple(self.options.widths), {"steps": str(self.step)})
+        for index in range(0, len(data), PIECE_BYTES):
+            piece = self.options.export / f"prior.safetensors.part{index // PIECE_BYTES}"
+            write_atomically(piece, data[index : index + PIECE_BYTES])
+
+    def note(self, values: dict) -> None:
+        if self.workers.rank == 0:
+            print(json.dumps(values), flush=True)
+            with (self.options.export / "train.jsonl").open("a") as log:
+                log.write(json.dumps(values) + "\n")
+
+    def train(self, views: ViewStore, val: ViewStore) -> None:
+        """The loop: until the planned time is used up or the deadline is near."""
+        options, start, before = self.options, time.time(), self.trained_s
+        budget = max(min(options.plan - before, options.deadline - start - RESERVE_SECONDS), 1.0)
+        progress, errors, norms = before / options.plan, [], []
+        mark, next_save = (start, self.step), start + 60
+        while progress < 1:
+            errors.append(self.backward(views))
+            norms.append(self.update(learning_rate(self.step, progress)))
+            if self.step % CLOCK_STEPS == 0 or options.smoke:
+                torch.stack(errors[-1:]).sum().item()  # waits for the device, so that the clock is honest
+                self.trained_s = before + time.time() - start
+                progress = self.workers.agree(self.trained_s / (before + budget))
+            if self.step % LOG_STEPS == 0 or options.smoke:
+                mean, now = torch.stack(errors).mean(0), time.time()
+                rate = (self.step - mark[1]) * 31 * options.unit * self.workers.count / (now - mark[0])
+                shown = {"step": self.step, "trained_s": round(self.trained_s, 1), "targets_per_s": round(rate)}
+                shown |= {
+                    "loss": [round(x, 5) for x in mean.tolist()],
+                    "norm": round(float(torch.stack(norms).mean()), 3),
+                }
+                shown |= {"rate": round(learning_rate(self.step, progress), 6), "rounds": len(views.rounds)}
+                self.note(shown | {"bad": int(self.n_bad)})
+                mark, errors, norms = (now, self.step), [], []
+            if self.workers.rank == 0:
+                if self.step % VALIDATE_STEPS == 0 or options.smoke:
+                    self.note({"step": self.step, "val": validate(self.ema, val, options.unit, self.cast)})
+                if time.time() > next_save:
+                    self.save()
+                    next_save = time.time() + SAVE_SECONDS
+
+    def finish(self, val: ViewStore) -> None:
+        """Last weights first, then validation and samples."""
+        if self.workers.rank:
+            return
+        self.save()
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+        result = validate(self.ema, val, self.options.unit, self.cast)
+        n_targets = self.step * 31 * self.options.unit * self.workers.count
+        self.note({"step": self.step, "trained_s": round(self.trained_s, 1), "targets": n_targets, "val": result})
+        self.note({"peak_gib": round(peak, 1), "bad": int(self.n_bad)})
+        n_objects, n_steps = (2, 2) if self.options.smoke else (20, 25)
+        draw_samples(self.ema, val, self.options.export / "samples.png", self.cast, n_objects, n_steps)
+        self.note({"event": "finished"})
+
+
+def compile_network(trainer: Trainer) -> None:
+    """Forward and backward once on empty pictures; done while the first views are still being rendered."""
+    start, blank = time.time(), ViewStore.blank(trainer.device)
+    for _ in range(2):
+        trainer.backward(blank)
+    trainer.note({"event": "compiled", "seconds": round(time.time() - start, 1), "gpus": trainer.workers.count})
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="views of the training split")
+    parser.add_argument("--val", type=Path, required=True, help="views of the validation split")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--export", type=Path, required=True, help="folder of weights, log and samples")
+    parser.add_argument("--plan", type=float, required=True, help="seconds of training, all calls together")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="unix time at which this call is over")
+    parser.add_argument("--init", default="", help="weights to start from")
+    parser.add_argument("--unit", type=int, default=16, help="31 targets and 7 references a step and process")
+    parser.add_argument("--most-rounds", type=int, default=24, help="rounds kept on the device, 1.8 GB each")
+    parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS)
+    parser.add_argument("--compile", default="inductor", help="inductor, aot_eager, or none")
+    parser.add_argument("--smoke", action="store_true", help="log and validate at every step")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, workers = parse(arguments), Workers()
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    options.state.mkdir(parents=True, exist_ok=True)
+    options.export.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(options, workers)
+    trainer.resume()
+    torch.manual_seed(int(time.time()) * 64 + workers.rank)  # other samples in each process and call
+    compile_network(trainer)
+    views = ViewStore.follow(options.data, workers.device, options.most_rounds)
+    val = ViewStore.follow(options.val, workers.device, 1)
+    trainer.note({"event": "data", "objects": len(views.rounds[0].chances), "val": len(val.rounds[0].chances)})
+    trainer.train(views, val)
+    trainer.finish(val)
+    if workers.count > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
