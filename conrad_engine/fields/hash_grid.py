@@ -21,7 +21,6 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -204,23 +203,29 @@ class HashGrid(nn.Module):
 
     def forward(self, positions: Float[Tensor, "n 3"]) -> Float[Tensor, "n level_features"]:
         """Features, float32. Triton's result is stored feature by feature (a transposed view)."""
-        return self._encoder(positions.device)(positions.float())
+        positions = positions.float()
+        match self.backend(positions.device):
+            case "tinycudann":
+                return self._encode_tinycudann(positions)
+            case "triton":
+                return self._encode_triton(positions)
+            case _:
+                return self._encode_torch(positions)
 
-    def _encoder(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+    def backend(self, device: torch.device) -> str:
+        """The backend that answers on a device: the one asked for, or what stands in for it."""
         wanted = "triton" if self.encoder == "auto" and device.type == "cuda" else self.encoder
         if wanted in ("triton", "tinycudann") and device.type != "cuda":
             _report_once(f"encoder {wanted} needs a CUDA device, not {device.type}: using torch")
-            wanted = "torch"
-        if wanted == "tinycudann":
-            module = _tinycudann_module(self._tinycudann_config)
-            if module is not None:
-                return functools.partial(self._encode_tinycudann, module)
+            return "torch"
+        if wanted == "tinycudann" and _tinycudann_module(self._tinycudann_config) is None:
             wanted = "triton"
-        if wanted == "triton" and _triton_module() is not None and self.n_features == 2:
-            return self._encode_triton
         if wanted == "triton" and self.n_features != 2:
             _report_once(f"encoder triton reads 2 features a level, not {self.n_features}: using torch")
-        return self._encode_torch
+            return "torch"
+        if wanted == "triton" and _triton_module() is None:
+            return "torch"
+        return "torch" if wanted == "auto" else wanted
 
     def _encode_torch(self, positions: Tensor) -> Tensor:
         # Without CUDA nothing is captured, so inactive levels need not be evaluated.
@@ -232,13 +237,15 @@ class HashGrid(nn.Module):
 
     def _encode_triton(self, positions: Tensor) -> Tensor:
         kernels = _triton_module()
-        assert kernels is not None, "checked by _encoder"
+        assert kernels is not None, "checked by backend"
         n_merged = kernels.n_merged_levels([level.resolution for level in self.levels])
         return kernels.encode(
             positions, self.table, self.scales, self.extents, self.level_weights, n_merged, self.smooth, self.half_reads
         )
 
-    def _encode_tinycudann(self, module: nn.Module, positions: Tensor) -> Tensor:
+    def _encode_tinycudann(self, positions: Tensor) -> Tensor:
+        module = _tinycudann_module(self._tinycudann_config)
+        assert module is not None, "checked by backend"
         params = {"params": self.table.flatten()}
         encoded = torch.func.functional_call(module, params, (positions.clamp(0, 1),))
         return encoded.float() * self.level_weights.repeat_interleave(self.n_features)
