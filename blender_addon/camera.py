@@ -345,3 +345,31 @@ def move_along(item: bpy.types.Object, mapping: cm.Placement) -> None:
     if proxy is not None and proxy.parent is None:
         proxy.location = mapping.points(np.array(proxy.location))
         proxy.scale = [mapping.scale * s for s in proxy.scale]
+
+
+def from_setup(setup: dict, image: bpy.types.Image | None, scene: bpy.types.Scene) -> bpy.types.Object:
+    """A reference camera from the set-up of a job (`camera_math.setup_json`)."""
+    width, height = setup["width"], setup["height"]
+    fx, _, cx, cy = setup["intrinsics"]
+    data = bpy.data.cameras.new(CAMERA_NAME)
+    data.sensor_fit, data.sensor_width = "AUTO", SENSOR_MM
+    data.lens = fx * SENSOR_MM / max(width, height)
+    data.shift_x, data.shift_y = cm.shift_of((cx, cy), "AUTO", width, height)
+    item = bpy.data.objects.new(CAMERA_NAME, data)
+    scene_tools.link(item, scene)
+    set_pose(item, np.array(setup["c2w"]))
+    item.conrad.is_reference, item.conrad.is_own = True, True
+    item.conrad.proxy = make_proxy(setup["object_size"], Vector(setup["object_center"]), scene)
+    if image is not None:
+        set_background(item, image)
+    return item
+
+
+def carry(item: bpy.types.Object, motion: np.ndarray) -> None:
+    """Move a reference camera and its proxy by a world matrix; a scale in it moves the camera off by as much."""
+    scale = float(np.cbrt(abs(np.linalg.det(motion[:3, :3]))))
+    set_pose(item, cm.rigid(motion @ pose_of(item)))
+    proxy = item.conrad.proxy
+    if proxy is not None:
+        proxy.location = (motion @ [*proxy.location, 1.0])[:3]
+        proxy.scale = [scale * s for s in proxy.scale]

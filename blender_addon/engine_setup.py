@@ -271,7 +271,12 @@ def installed_wheel(folder: Path) -> str:
 
 def bundled_wheel(addon_folder: Path) -> Path | None:
     """The engine's wheel that came with the add-on."""
-    found = sorted((addon_folder / "engine").glob("conrad_engine-*.whl"))
+    return newest_wheel(addon_folder / "engine")
+
+
+def newest_wheel(folder: Path | str) -> Path | None:
+    """The engine's wheel in a folder, the last by name where there are several."""
+    found = sorted(Path(folder).glob("conrad_engine-*.whl"))
     return found[-1] if found else None
 
 

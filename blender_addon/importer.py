@@ -144,6 +144,7 @@ def _write_provenance(item: bpy.types.Object, job: Job, mapping: cm.Placement) -
         setup["c2w"] = mapping.pose(np.array(setup["c2w"])).tolist()
         setup["object_center"] = mapping.points(np.array(setup["object_center"])).tolist()
         setup["object_size"] = setup["object_size"] * mapping.scale
+        setup["object_origin"] = list(item.location)
         item["conrad_camera"] = json.dumps(setup)
 
 

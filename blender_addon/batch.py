@@ -1,0 +1,201 @@
+"""Many pictures: the list, its file, side-cars. No bpy.
+
+The list lies in the output folder as `conrad_batch.json` and is written after every change, so that a run goes on after
+Blender was closed or killed: finished pictures are skipped, jobs that run in the engine are found again by their id.
+
+A side-car is a JSON file beside a picture (`chair.png` -> `chair.json`) with any of: preset, guidance, prompt, seed,
+texture_size, n_faces, size, elevation_deg, fov_deg, mask (file name), camera (set-up as in `camera_math.setup_json`),
+overrides (dotted settings).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LIST_NAME = "conrad_batch.json"
+LIST_VERSION = 1
+WAITING, SENT, DONE, FAILED = "waiting", "sent", "done", "failed"
+SIDECAR_TYPES: dict[str, tuple[type, ...]] = {
+    "preset": (str,),
+    "guidance": (str,),
+    "prompt": (str,),
+    "seed": (int,),
+    "texture_size": (int,),
+    "n_faces": (int,),
+    "size": (int, float),
+    "elevation_deg": (int, float),
+    "fov_deg": (int, float),
+    "mask": (str,),
+    "camera": (dict,),
+    "overrides": (dict,),
+}
+
+
+class BatchError(Exception):
+    """A folder, list or side-car that cannot be used; the message says why and what to do."""
+
+
+@dataclass
+class Item:
+    """One picture of a batch."""
+
+    picture: str
+    """Relative to the picture folder, with forward slashes."""
+    state: str = WAITING
+    job: str = ""
+    error: str = ""
+    attempts: int = 0
+    seconds: float = 0.0
+    output: str = ""
+    """What came of it: a file name in the output folder, or an object's name."""
+
+
+@dataclass
+class Batch:
+    """A folder of pictures on its way to objects."""
+
+    folder: Path
+    out: Path
+    items: list[Item] = field(default_factory=list)
+    output: str = "GLB"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {state: sum(item.state == state for item in self.items) for state in (WAITING, SENT, DONE, FAILED)}
+
+    @property
+    def is_finished(self) -> bool:
+        return all(item.state in (DONE, FAILED) for item in self.items)
+
+    def path(self, item: Item) -> Path:
+        return self.folder / item.picture
+
+    def by_job(self, job_id: str) -> Item | None:
+        return next((item for item in self.items if item.job == job_id and job_id), None)
+
+    def next_waiting(self) -> Item | None:
+        return next((item for item in self.items if item.state == WAITING), None)
+
+    def retry(self, item: Item) -> None:
+        """Do a picture again; a finished one too."""
+        item.state, item.error, item.job = WAITING, "", ""
+        self.save()
+
+    def save(self) -> None:
+        """Write the list whole or not at all.
+
+        Raises:
+            BatchError: The output folder cannot be written to.
+        """
+        data = {
+            "version": LIST_VERSION,
+            "folder": str(self.folder),
+            "output": self.output,
+            "items": [dataclasses.asdict(item) for item in self.items],
+        }
+        partial = self.out / (LIST_NAME + ".part")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
+            os.replace(partial, self.out / LIST_NAME)
+        except OSError as error:
+            raise BatchError(f"The output folder {self.out} cannot be written to: {error.strerror or error}") from None
+
+
+def find_pictures(folder: Path, pattern: str) -> list[str]:
+    """Pictures of a folder, below it too, whose name fits one of the patterns; sorted.
+
+    Raises:
+        BatchError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise BatchError(f"{folder} is no folder")
+    patterns = [p.lower() for p in pattern.split()] or ["*"]
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith(".") and path.name != LIST_NAME:
+            if any(fnmatch.fnmatch(path.name.lower(), p) for p in patterns):
+                found.append(path.relative_to(folder).as_posix())
+    return sorted(found)
+
+
+def open_batch(folder: Path, pattern: str, out: Path, output: str) -> Batch:
+    """The batch of a folder, with what an earlier run finished.
+
+    Raises:
+        BatchError: No folder, no pictures, or a list in the output folder that is damaged or of another folder.
+    """
+    pictures = find_pictures(folder, pattern)
+    if out.resolve() != folder.resolve() and out.resolve().is_relative_to(folder.resolve()):
+        # What is written there (thumbnails, textures) is no new input.
+        inside = out.resolve().relative_to(folder.resolve()).as_posix() + "/"
+        pictures = [p for p in pictures if not p.startswith(inside)]
+    if not pictures:
+        raise BatchError(f"No picture in {folder} fits {pattern!r}")
+    known = _read_list(out, folder, output)
+    items = [known.get(picture) or Item(picture) for picture in pictures]
+    batch = Batch(folder, out, items, output)
+    batch.save()
+    return batch
+
+
+def _read_list(out: Path, folder: Path, output: str) -> dict[str, Item]:
+    path = out / LIST_NAME
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        names = {f.name for f in dataclasses.fields(Item)}
+        items = [Item(**{k: v for k, v in entry.items() if k in names}) for entry in data["items"]]
+        same = Path(data["folder"]) == folder
+        is_other_output = data["output"] != output
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BatchError(f"{path} is damaged: remove it to start anew") from None
+    if not same:
+        raise BatchError(f"{path} belongs to the pictures in {data['folder']}: choose another output folder")
+    if is_other_output:
+        # Finished jobs still have their results in the engine, but they lie here in another form.
+        for item in items:
+            item.state = WAITING if item.state == DONE else item.state
+    return {item.picture: item for item in items}
+
+
+def sidecar(picture: Path) -> dict:
+    """The settings beside a picture; none when there is no side-car.
+
+    Raises:
+        BatchError: It is no JSON object, or names something unknown or of the wrong type.
+    """
+    path = picture.with_suffix(".json")
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BatchError(f"{path.name} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise BatchError(f"{path.name} must be a JSON object with settings")
+    for name, value in data.items():
+        if name not in SIDECAR_TYPES:
+            raise BatchError(f"{path.name} has the unknown setting {name!r}: use {', '.join(SIDECAR_TYPES)}")
+        if not isinstance(value, SIDECAR_TYPES[name]) or isinstance(value, bool):
+            raise BatchError(f"{path.name}: {name} must be {SIDECAR_TYPES[name][-1].__name__}, not {value!r}")
+    return data
+
+
+def output_name(item: Item, suffix: str) -> str:
+    """File name of a result: the picture's, with its folders joined so that names stay distinct."""
+    stem = item.picture.rsplit(".", 1)[0].replace("/", "_")
+    return stem + suffix
+
+
+def grid_place(index: int, n_items: int, spacing: float) -> tuple[float, float, float]:
+    """Where the object of a number stands in a grid that is as wide as it is deep, its first row in front."""
+    columns = max(1, int(n_items**0.5 + 0.999))
+    row, column = divmod(index, columns)
+    return ((column - (columns - 1) / 2) * spacing, row * spacing, 0.0)

@@ -1,0 +1,333 @@
+"""A batch in Blender: sends pictures, takes results, keeps the list. Works in a window and in the background:
+
+    blender -b scene.blend --python-expr "from bl_ext.user_default.conrad import batch_run; batch_run.run('in', 'out')"
+
+`run` is for scripts and loops until the end; in a window the timer calls `_step`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import bpy
+
+from . import batch, camera, importer, link, pictures, preferences, requests, scene_tools
+from .jobs import Job, Notes
+from .protocol import Cancel, Fetch, ProtocolError, Submit, new_job_id
+from .session import with_result_wanted
+
+IN_FLIGHT = 3
+"""Jobs the engine has at once: enough to keep it busy, few enough to cancel."""
+GLB = "mesh.glb"
+RETRY_IMPORT_S = 1.0
+
+current: batch.Batch | None = None
+is_running = False
+message = ""
+"""The last thing worth saying about the whole batch."""
+
+
+def open_scene_batch(scene: bpy.types.Scene) -> batch.Batch:
+    """The batch that the scene's settings name.
+
+    Raises:
+        BatchError: See `batch.open_batch`.
+    """
+    global current, message
+    chosen = scene.conrad.batch
+    if not chosen.folder:
+        raise batch.BatchError("Choose the folder with the pictures")
+    folder = Path(bpy.path.abspath(chosen.folder))
+    out = Path(bpy.path.abspath(chosen.out_folder)) if chosen.out_folder else folder / "conrad_results"
+    current = batch.open_batch(folder, chosen.pattern, out, chosen.output)
+    message = ""
+    if chosen.output in ("GRID", "COLLECTIONS"):
+        _append_missing(scene)
+    sync_list()
+    return current
+
+
+def start() -> None:
+    """Go on with the open batch."""
+    global is_running
+    is_running = True
+    link.refresh_settings()
+    link.session().want()
+    link.wake()
+
+
+def stop(cancel_jobs: bool) -> None:
+    """Send nothing more; what the engine has in hand is finished or cancelled."""
+    global is_running
+    is_running = False
+    if current is None:
+        return
+    for item in current.items:
+        if item.state == batch.SENT and cancel_jobs:
+            link.session().ask(Cancel(item.job))
+            item.state, item.job = batch.WAITING, ""
+    current.save()
+
+
+def sync_list() -> None:
+    """Make the batch list of the window manager the same as the batch's."""
+    lines = bpy.context.window_manager.conrad.batch
+    wanted = [item.picture for item in current.items] if current else []
+    if [line.path for line in lines] != wanted:
+        lines.clear()
+        for picture in wanted:
+            lines.add().path = picture
+
+
+def _step() -> bool:
+    """One round of a running batch; true while it has work."""
+    global is_running, message
+    if not is_running or current is None:
+        return False
+    try:
+        for item in current.items:
+            if item.state == batch.SENT:
+                _follow(item)
+        if sum(item.state == batch.SENT for item in current.items) < IN_FLIGHT:
+            item = current.next_waiting()
+            if item is not None:
+                _send(item)
+    except batch.BatchError as error:
+        message, is_running = str(error), False
+        return False
+    if current.is_finished:
+        counts = current.counts
+        message, is_running = f"{counts[batch.DONE]} finished, {counts[batch.FAILED]} failed", False
+        scene_tools.redraw()
+    return is_running
+
+
+def _fail(item: batch.Item, error: str) -> None:
+    assert current is not None
+    item.state, item.error = batch.FAILED, error
+    current.save()
+    scene_tools.redraw()
+
+
+def _send(item: batch.Item) -> None:
+    """Send one picture; whatever is wrong with it is its own problem and not the batch's."""
+    assert current is not None
+    scene = scene_tools.scene_now()
+    try:
+        request, notes = _request(item, scene)
+        item.job, item.state, item.attempts = notes.job, batch.SENT, item.attempts + 1
+        # The list knows the job before the engine does: a crash in between costs nothing.
+        current.save()
+        link.session().submit(request, notes)
+    except (batch.BatchError, OSError, pictures.NoPicture, camera.CannotUseCamera, ProtocolError, KeyError) as error:
+        _fail(item, str(error))
+    link.sync_list()
+
+
+def _request(item: batch.Item, scene: bpy.types.Scene) -> tuple[Submit, Notes]:
+    assert current is not None
+    path, settings = current.path(item), scene.conrad
+    own = batch.sidecar(path)
+    fields = {**requests.job_fields(settings), **{k: own[k] for k in requests.job_fields(settings) if k in own}}
+    overrides = dict(own.get("overrides", {}))
+    setup = own.get("camera") or (_scene_camera(path, scene) if settings.batch.use_scene_camera else {})
+    if not setup:
+        overrides.setdefault("picture.elevation_deg", float(own.get("elevation_deg", settings.elevation_deg)))
+        overrides.setdefault("picture.fov_deg", float(own.get("fov_deg", settings.fov_deg)))
+    if settings.is_elevation_guess:
+        overrides.setdefault("picture.is_elevation_known", False)
+    index = current.items.index(item)
+    size = float(own.get("size", settings.size))
+    notes = Notes(
+        new_job_id(),
+        name=scene_tools.data_name(path.stem),
+        kind="batch",
+        file_token=link.file_token,
+        picture=path.name,
+        setup=setup,
+        place="ORIGIN",
+        location=batch.grid_place(index, len(current.items), 1.4 * settings.size)
+        if current.output == "GRID"
+        else (0.0, 0.0, 0.0),
+        size=size,
+        origin=settings.origin,
+        is_asset=current.output == "LIBRARY" or settings.is_asset,
+        asset_tags=settings.asset_tags,
+        seed=fields["seed"],
+        preset=fields["preset"],
+    )
+    data = path.read_bytes()
+    if len(data) > pictures.MAX_FILE_BYTES:
+        raise batch.BatchError(f"{path.name} has {len(data) / 1e6:.0f} MB, more than the engine takes")
+    request = Submit(
+        notes.job,
+        name=notes.name,
+        picture=data,
+        mask=(path.parent / own["mask"]).read_bytes() if "mask" in own else None,
+        overrides=overrides,
+        **(requests.camera_fields(setup) if setup else {}),
+        **fields,
+    )
+    return request, notes
+
+
+def _scene_camera(path: Path, scene: bpy.types.Scene) -> dict:
+    item = scene.conrad.camera
+    if item is None:
+        raise camera.CannotUseCamera("The scene has no reference camera: add one, or use the elevation instead")
+    try:
+        image = bpy.data.images.load(str(path))
+    except RuntimeError as error:
+        raise batch.BatchError(f"{path.name} cannot be read as a picture: {error}") from None
+    try:
+        return camera.job_setup(item, image)
+    finally:
+        bpy.data.images.remove(image)
+
+
+def _follow(item: batch.Item) -> None:
+    """See what became of a picture that was sent."""
+    assert current is not None
+    session = link.session()
+    job = session.table.jobs.get(item.job)
+    if job is None or job.state is None:
+        is_lost = session.is_connected and session.client is not None and item.job not in session.client.jobs
+        if is_lost and (job is None or job.is_remembered):
+            # Sent by an earlier Blender, and this engine has never heard of it.
+            item.state, item.job = batch.WAITING, ""
+        return
+    item.seconds = job.state.elapsed_s
+    if job.state.state in ("failed", "cancelled"):
+        return _fail(item, job.state.error_message or job.state.state.capitalize())
+    if job.state.state == "done":
+        _take_result(item, job)
+
+
+def _take_result(item: batch.Item, job: Job) -> None:
+    assert current is not None
+    session = link.session()
+    if current.output == "GLB":
+        key = (job.id, GLB)
+        if key not in session.file_takers:
+            session.file_takers[key] = lambda data: _write_glb(item, job, data)
+            session.ask(Fetch(job.id, GLB))
+        return
+    if not job.wants_import:
+        return with_result_wanted(session, job)
+    if job.problem:
+        return _fail(item, job.problem)
+    is_whole = job.result is not None and (job.texture or "texture.png" not in job.state.parts)
+    if is_whole and not scene_tools.is_busy():
+        _bring_in(item, job)
+
+
+def _write_glb(item: batch.Item, job: Job, data: bytes) -> None:
+    assert current is not None
+    name = batch.output_name(item, ".glb")
+    partial = current.out / (name + ".part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(current.out / name)
+    except OSError as error:
+        return _fail(item, f"{name} cannot be written: {error.strerror or error}")
+    _finish(item, job, name)
+
+
+def _bring_in(item: batch.Item, job: Job) -> None:
+    """Import a result and write its own .blend file; the scene keeps the object where the output says so."""
+    assert current is not None and job.result is not None
+    number, name = job.result.result, batch.output_name(item, ".blend")
+    scene = scene_tools.scene_now()
+    collection = job.name if current.output == "COLLECTIONS" else scene_tools.COLLECTION_NAME
+    try:
+        made = importer.import_result(job, scene, collection)
+        bpy.data.libraries.write(str(current.out / name), {made}, compress=True)
+    except (importer.CannotImport, RuntimeError, OSError) as error:
+        job.wants_import, job.result = False, None
+        return _fail(item, f"The import failed: {error}")
+    if current.output == "LIBRARY":
+        _remove(made)
+    else:
+        scene_tools.push_undo("ConRad: Import Object")
+    link.session().table.imported(job, number)
+    _finish(item, job, name)
+
+
+def _finish(item: batch.Item, job: Job, output: str) -> None:
+    assert current is not None
+    item.state, item.output, item.error = batch.DONE, output, ""
+    item.seconds = job.state.elapsed_s if job.state else item.seconds
+    link.session().table.imported(job, job.result_number)
+    current.save()
+    scene_tools.redraw()
+
+
+def _remove(item: bpy.types.Object) -> None:
+    """Take an object that was written to a library out of the file again, with its data."""
+    mesh, material = item.data, item.data.materials[0]
+    image = next(node.image for node in material.node_tree.nodes if node.type == "TEX_IMAGE")
+    bpy.data.objects.remove(item)
+    bpy.data.meshes.remove(mesh)
+    bpy.data.materials.remove(material)
+    bpy.data.images.remove(image)
+
+
+def _append_missing(scene: bpy.types.Scene) -> None:
+    """Objects of an earlier run that this scene does not have come back from their files."""
+    assert current is not None
+    there = {item.get("conrad_job") for item in bpy.data.objects}
+    for item in current.items:
+        path = current.out / item.output
+        if item.state != batch.DONE or item.job in there or not item.output.endswith(".blend") or not path.exists():
+            continue
+        with bpy.data.libraries.load(str(path)) as (source, target):
+            target.objects = source.objects
+        name = scene_tools.data_name(Path(item.picture).stem)
+        collection = name if current.output == "COLLECTIONS" else scene_tools.COLLECTION_NAME
+        for made in target.objects:
+            scene_tools.link(made, scene, collection)
+
+
+def run(
+    folder: str, out: str, output: str = "GLB", pattern: str = "", timeout_s: float = float("inf"), quiet: bool = False
+) -> batch.Batch:
+    """Convert a folder and wait for it; for scripts. The scene's settings give everything else.
+
+    Raises:
+        BatchError: There is nothing to do, the engine cannot be had, or the time is over.
+    """
+    settings = scene_tools.scene_now().conrad
+    settings.batch.folder, settings.batch.out_folder, settings.batch.output = folder, out, output
+    settings.batch.pattern = pattern or settings.batch.pattern
+    reason = preferences.why_no_engine()
+    if reason:
+        raise batch.BatchError(reason)
+    opened = open_scene_batch(scene_tools.scene_now())
+    start()
+    end, said = time.monotonic() + timeout_s, None
+    while is_running:
+        link.pump()
+        time.sleep(0.05)
+        if opened.counts != said and not quiet:
+            said = opened.counts
+            print("ConRad batch:", ", ".join(f"{count} {state}" for state, count in said.items()), flush=True)
+        session = link.session()
+        if not session.wants_engine and session.client is None and not session.launcher.is_running:
+            stop(cancel_jobs=False)
+            raise batch.BatchError(f"The engine does not run: {session.state_line()}")
+        if time.monotonic() > end:
+            stop(cancel_jobs=False)
+            raise batch.BatchError(f"The batch is not finished after {timeout_s:.0f} s; run it again to go on")
+    return opened
+
+
+def register() -> None:
+    link.steps.append(_step)
+
+
+def unregister() -> None:
+    global current, is_running
+    current, is_running = None, False
+    if _step in link.steps:
+        link.steps.remove(_step)

@@ -1,0 +1,107 @@
+"""Operators of the batch list."""
+
+from __future__ import annotations
+
+import bpy
+
+from . import batch, batch_run, preferences, scene_tools
+
+
+class CONRAD_OT_batch_scan(bpy.types.Operator):
+    bl_idname = "conrad.batch_scan"
+    bl_label = "List Pictures"
+    bl_description = "Look for pictures in the folder, and for what an earlier run finished"
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        if not context.scene.conrad.batch.folder:
+            cls.poll_message_set("Choose the folder with the pictures")
+            return False
+        return not batch_run.is_running
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        try:
+            opened = batch_run.open_scene_batch(context.scene)
+        except batch.BatchError as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        counts = opened.counts
+        self.report({"INFO"}, f"{len(opened.items)} pictures, {counts[batch.DONE]} of them finished")
+        return {"FINISHED"}
+
+
+class CONRAD_OT_batch_start(bpy.types.Operator):
+    bl_idname = "conrad.batch_start"
+    bl_label = "Start Batch"
+    bl_description = "Convert every listed picture that is not finished"
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        reason = preferences.why_no_engine()
+        if not reason and not context.scene.conrad.batch.folder:
+            reason = "Choose the folder with the pictures"
+        if reason:
+            cls.poll_message_set(reason)
+        return not reason and not batch_run.is_running
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        try:
+            batch_run.open_scene_batch(context.scene)
+        except batch.BatchError as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        batch_run.start()
+        return {"FINISHED"}
+
+
+class CONRAD_OT_batch_stop(bpy.types.Operator):
+    bl_idname = "conrad.batch_stop"
+    bl_label = "Stop Batch"
+    bl_description = "Cancel the pictures that run; finished ones stay, and Start Batch goes on with the rest"
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        batch_run.stop(cancel_jobs=True)
+        return {"FINISHED"}
+
+
+class CONRAD_OT_batch_retry(bpy.types.Operator):
+    bl_idname = "conrad.batch_retry"
+    bl_label = "Retry"
+    bl_description = "Do the chosen picture again, or every failed one"
+
+    all_failed: bpy.props.BoolProperty(name="All Failed", options={"SKIP_SAVE"})
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        return batch_run.current is not None
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        opened, index = batch_run.current, context.window_manager.conrad.active_batch
+        if self.all_failed:
+            chosen = [item for item in opened.items if item.state == batch.FAILED]
+        else:
+            chosen = opened.items[index : index + 1]
+        try:
+            for item in chosen:
+                if item.state != batch.SENT:
+                    opened.retry(item)
+        except batch.BatchError as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        if chosen:
+            batch_run.start()
+        scene_tools.redraw()
+        return {"FINISHED"}
+
+
+CLASSES = (CONRAD_OT_batch_scan, CONRAD_OT_batch_start, CONRAD_OT_batch_stop, CONRAD_OT_batch_retry)
+
+
+def register() -> None:
+    for cls in CLASSES:
+        bpy.utils.register_class(cls)
+
+
+def unregister() -> None:
+    for cls in reversed(CLASSES):
+        bpy.utils.unregister_class(cls)

@@ -1,0 +1,234 @@
+"""Operators on reference cameras: adding, fitting, looking through. Each is one undo step."""
+
+from __future__ import annotations
+
+import math
+
+import bpy
+import numpy as np
+from bpy.props import BoolProperty, FloatProperty
+
+from . import camera, scene_tools
+from . import camera_math as cm
+
+
+def _reason(context: bpy.types.Context, needs_camera: bool) -> str:
+    settings = context.scene.conrad
+    if settings.image is None:
+        return "Choose a picture first"
+    if needs_camera and settings.camera is None:
+        return "Add a reference camera first"
+    return ""
+
+
+class CameraOperator:
+    bl_options = {"REGISTER", "UNDO"}
+    needs_camera = True
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        reason = _reason(context, cls.needs_camera)
+        if reason:
+            cls.poll_message_set(reason)
+        return not reason
+
+
+def look_through(context: bpy.types.Context) -> None:
+    """Turn the 3D view the operator was called from, or the first one, to the scene's camera."""
+    area = context.area if context.area is not None and context.area.type == "VIEW_3D" else None
+    screen = context.screen
+    if area is None and screen is not None:
+        area = next((a for a in screen.areas if a.type == "VIEW_3D"), None)
+    if area is not None:
+        area.spaces.active.region_3d.view_perspective = "CAMERA"
+        area.spaces.active.region_3d.view_camera_zoom = 0
+        area.spaces.active.region_3d.view_camera_offset = (0.0, 0.0)
+
+
+class CONRAD_OT_add_camera(CameraOperator, bpy.types.Operator):
+    bl_idname = "conrad.add_camera"
+    bl_label = "Add Reference Camera"
+    bl_description = "Add a camera with the picture behind it and a proxy that shows where the object will be"
+    needs_camera = False
+    look: BoolProperty(name="Look Through", default=True, description="Also turn the view to it")
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        try:
+            item = camera.add_reference(context.scene)
+            message = camera.activate(item, context.scene) if self.look else ""
+        except camera.CannotUseCamera as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        scene_tools.make_active(item)
+        if self.look:
+            look_through(context)
+        self.report({"INFO"}, message or f"Added {item.name}")
+        return {"FINISHED"}
+
+
+class CONRAD_OT_camera_from_view(CameraOperator, bpy.types.Operator):
+    bl_idname = "conrad.camera_from_view"
+    bl_label = "Camera from View"
+    bl_description = "Add a reference camera that stands where the 3D view looks from"
+    needs_camera = False
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        found = view_pose(context)
+        if found is None:
+            self.report({"ERROR"}, "There is no 3D view to take the camera from")
+            return {"CANCELLED"}
+        pose, fov_deg = found
+        try:
+            item = camera.add_reference(context.scene, pose, fov_deg)
+            message = camera.activate(item, context.scene)
+        except camera.CannotUseCamera as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        scene_tools.make_active(item)
+        look_through(context)
+        self.report({"INFO"}, message or f"Added {item.name}")
+        return {"FINISHED"}
+
+
+def view_pose(context: bpy.types.Context) -> tuple[np.ndarray, float] | None:
+    """Pose and angle of view, over its larger side, of a 3D view; an orthographic one gets 40 degrees."""
+    areas = [context.area, *(context.screen.areas if context.screen else [])]
+    area = next((a for a in areas if a is not None and a.type == "VIEW_3D"), None)
+    if area is None:
+        return None
+    region = next(r for r in area.regions if r.type == "WINDOW")
+    data = area.spaces.active.region_3d
+    window = np.array(data.window_matrix)
+    pose, lens = cm.view_camera(np.array(data.view_matrix), window, region.width, region.height, np.zeros(3), 1.0)
+    if not data.is_perspective:
+        pose = cm.rigid(np.linalg.inv(np.array(data.view_matrix)))
+        focus = np.array(data.view_location)
+        pose[:3, 3] = focus + pose[:3, 2] * data.view_distance / math.tan(math.radians(20))
+        return pose, 40.0
+    return pose, math.degrees(2 * math.atan(max(region.width, region.height) / 2 / lens[0]))
+
+
+class CONRAD_OT_use_camera(CameraOperator, bpy.types.Operator):
+    bl_idname = "conrad.use_camera"
+    bl_label = "Use as Reference"
+    bl_description = "Put the picture behind the chosen camera and add a proxy; the camera is not moved"
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        try:
+            camera.use_existing(context.scene.conrad.camera, context.scene)
+        except camera.CannotUseCamera as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        return {"FINISHED"}
+
+
+class CONRAD_OT_fit_camera(CameraOperator, bpy.types.Operator):
+    bl_idname = "conrad.fit_camera"
+    bl_label = "Fit to Picture"
+    bl_description = "Move the camera until the proxy covers the object in the picture, without turning it"
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        settings = context.scene.conrad
+        try:
+            camera.fit_to_picture(settings.camera, settings.image)
+        except camera.CannotUseCamera as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        return {"FINISHED"}
+
+
+class CONRAD_OT_look_through(CameraOperator, bpy.types.Operator):
+    bl_idname = "conrad.look_through"
+    bl_label = "Look Through"
+    bl_description = "Make it the scene's camera, in the picture's proportions, and turn the view to it"
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        try:
+            message = camera.activate(context.scene.conrad.camera, context.scene)
+        except camera.CannotUseCamera as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        look_through(context)
+        if message:
+            self.report({"INFO"}, message)
+        return {"FINISHED"}
+
+
+class CONRAD_OT_leave_camera(bpy.types.Operator):
+    bl_idname = "conrad.leave_camera"
+    bl_label = "Restore Render Size"
+    bl_description = "Give the scene the render size and the camera from before the reference camera"
+    bl_options = {"REGISTER", "UNDO"}
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        is_usable = context.scene.conrad.previous_x > 0
+        if not is_usable:
+            cls.poll_message_set("The render size is the scene's own")
+        return is_usable
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        camera.restore_aspect(context.scene, with_camera=True)
+        render = context.scene.render
+        self.report({"INFO"}, f"Render size is {render.resolution_x} x {render.resolution_y} again")
+        return {"FINISHED"}
+
+
+class CONRAD_OT_guess_elevation(CameraOperator, bpy.types.Operator):
+    bl_idname = "conrad.guess_elevation"
+    bl_label = "Guess"
+    bl_description = "Set a usual elevation and let the prior treat it as uncertain"
+    needs_camera = False
+    elevation_deg: FloatProperty(options={"HIDDEN"})
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        settings = context.scene.conrad
+        settings.is_elevation_guess = True
+        item = settings.camera
+        if item is None:
+            settings.elevation_deg = self.elevation_deg
+            return {"FINISHED"}
+        try:
+            camera.set_orbit_value(item, "elevation_deg", self.elevation_deg)
+            if settings.image is not None and item.conrad.is_own:
+                camera.fit_to_picture(item, settings.image)
+        except camera.CannotUseCamera as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        return {"FINISHED"}
+
+
+class CONRAD_MT_elevations(bpy.types.Menu):
+    bl_idname = "CONRAD_MT_elevations"
+    bl_label = "Guess the Elevation"
+
+    def draw(self, context: bpy.types.Context) -> None:
+        for label, degrees in (
+            ("Eye Level", 0.0),
+            ("Product Photo", 15.0),
+            ("On a Table", 30.0),
+            ("From Above", 60.0),
+        ):
+            self.layout.operator("conrad.guess_elevation", text=label).elevation_deg = degrees
+
+
+CLASSES = (
+    CONRAD_OT_add_camera,
+    CONRAD_OT_camera_from_view,
+    CONRAD_OT_use_camera,
+    CONRAD_OT_fit_camera,
+    CONRAD_OT_look_through,
+    CONRAD_OT_leave_camera,
+    CONRAD_OT_guess_elevation,
+    CONRAD_MT_elevations,
+)
+
+
+def register() -> None:
+    for cls in CLASSES:
+        bpy.utils.register_class(cls)
+
+
+def unregister() -> None:
+    for cls in reversed(CLASSES):
+        bpy.utils.unregister_class(cls)

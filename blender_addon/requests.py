@@ -1,0 +1,147 @@
+"""From the scene's settings to the message that starts a job, and the reasons why it cannot start."""
+
+from __future__ import annotations
+
+import bpy
+
+from . import camera, link, pictures, preferences, scene_tools
+from .jobs import Notes
+from .properties import PROMPTED
+from .protocol import Submit, new_job_id
+
+PROJECT_OVERRIDES = {"mesh.project_only": True, "optimize.n_steps": 0, "optimize.warm_start_views": 0}
+
+
+def why_not(context: bpy.types.Context) -> str:
+    """The reason why Generate is grey, or nothing. Called while drawing: it looks at nothing but settings."""
+    settings = context.scene.conrad
+    if settings.image is None:
+        return "Choose a picture first"
+    if settings.use_mask and settings.mask is None:
+        return "Choose a mask image, or switch Mask Image off"
+    if settings.use_start and settings.start is None:
+        return "Choose the mesh to start from, or switch Start from Mesh off"
+    if settings.camera is not None:
+        if settings.camera.data.type != "PERSP":
+            return "The reference camera must be a perspective camera"
+        if settings.camera.conrad.proxy is None:
+            return "Press Use as Reference: the camera has no proxy that says where the object is"
+    reason = preferences.why_no_engine()
+    if reason:
+        return reason
+    status = link.session().status if link.has_session() else None
+    if status is not None and status.guidances and settings.guidance not in status.guidances:
+        return "The engine has no model for this guidance: choose another one, or install it (see Check)"
+    return ""
+
+
+def why_not_project(context: bpy.types.Context) -> str:
+    """The reason why Project Picture is grey, or nothing."""
+    item = context.active_object
+    if item is None or item.type != "MESH" or item.conrad.is_proxy:
+        return "Select the mesh to put the picture on"
+    if context.scene.conrad.camera is None:
+        return "Add a reference camera first: it says how the picture lies on the mesh"
+    return why_not(context)
+
+
+def start_job(context: bpy.types.Context) -> Notes:
+    """Send a job for the scene's picture.
+
+    Raises:
+        NoPicture, CannotUseCamera: Something cannot be sent; the message says what.
+    """
+    settings = context.scene.conrad
+    start = settings.start if settings.use_start else None
+    return _send(context, settings, start, "generate")
+
+
+def start_projection(context: bpy.types.Context) -> Notes:
+    """Send a job that puts the picture on the active mesh. Raises what `start_job` raises."""
+    return _send(context, context.scene.conrad, context.active_object, "project")
+
+
+def _send(
+    context: bpy.types.Context, settings: bpy.types.PropertyGroup, start: bpy.types.Object | None, kind: str
+) -> Notes:
+    scene, image = context.scene, settings.image
+    fields = pictures.picture_fields(image, scene)
+    if settings.use_mask and settings.mask is not None:
+        fields |= pictures.mask_fields(settings.mask)
+    if start is not None:
+        fields |= pictures.mesh_fields(start, context.evaluated_depsgraph_get())
+    overrides = dict(PROJECT_OVERRIDES) if kind == "project" else {}
+    if settings.is_elevation_guess:
+        overrides["picture.is_elevation_known"] = False
+    notes = notes_of(settings, scene, kind)
+    if start is not None:
+        notes.place = "CAMERA"
+    if kind == "project":
+        notes.name = start.name if start is not None else notes.name
+    request = Submit(
+        notes.job,
+        name=notes.name,
+        **camera_fields(notes.setup),
+        **job_fields(settings),
+        overrides=overrides,
+        **fields,
+    )
+    settings.file_id = link.file_token
+    link.refresh_settings()
+    link.session().submit(request, notes)
+    link.sync_list()
+    link.wake()
+    return notes
+
+
+def job_fields(settings: bpy.types.PropertyGroup) -> dict:
+    """What a job takes from the settings as they are."""
+    return {
+        "preset": settings.preset,
+        "guidance": settings.guidance,
+        "prompt": settings.prompt if settings.guidance in PROMPTED else "",
+        "seed": settings.seed,
+        "texture_size": int(settings.texture_size) or None,
+        "n_faces": max(settings.n_faces, 100) if settings.n_faces else None,
+    }
+
+
+def camera_fields(setup: dict) -> dict:
+    """A camera set-up in the message's flat form."""
+    return {
+        "c2w": tuple(float(x) for row in setup["c2w"] for x in row),
+        "intrinsics": tuple(setup["intrinsics"]),
+        "width": setup["width"],
+        "height": setup["height"],
+        "object_center": tuple(setup["object_center"]),
+        "object_size": setup["object_size"],
+    }
+
+
+def notes_of(settings: bpy.types.PropertyGroup, scene: bpy.types.Scene, kind: str) -> Notes:
+    """What Blender will want to know when the result comes."""
+    item, image = settings.camera, settings.image
+    location = camera.place_of(settings, scene)
+    setup = camera.job_setup(item, image) if item is not None else camera.imagined_setup(settings, image, location)
+    place = settings.place
+    if item is None and place == "CAMERA":
+        # No camera is to be kept aligned with, so the object gets exactly the size that was asked for.
+        place = "ORIGIN"
+    return Notes(
+        new_job_id(),
+        name=scene_tools.data_name(image.name.rsplit(".", 1)[0]),
+        kind=kind,
+        file_token=link.file_token,
+        picture=image.name,
+        camera=item.name if item is not None else "",
+        is_own_camera=item is not None and item.conrad.is_own,
+        setup=setup,
+        place=place,
+        location=tuple(location),
+        size=settings.size,
+        origin=settings.origin,
+        is_asset=settings.is_asset,
+        asset_tags=settings.asset_tags,
+        seed=settings.seed,
+        preset=settings.preset,
+    )
