@@ -1,6 +1,8 @@
-"""Degradations that make a clean rendered reference look like a cut-out photo. Only the reference gets them.
+"""Changes that make clean renders look like cut-out photos.
 
-All functions take and return tensors on any device; randomness comes from torch's own generator of that device.
+A camera's colors are the object's as far as anyone knows, so `shifted_colors` changes a reference and its targets alike;
+what hides the object (blur, noise, compression, a ragged mask) befalls the reference only. All functions take and return
+tensors on any device; randomness comes from torch's own generator of that device.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+P_COLOR_SHIFT = 0.3
 P_UNTOUCHED = 0.5
 P_EACH = 0.4
 """Chance of each single degradation in a picture that gets some."""
@@ -26,13 +29,23 @@ def _sometimes(changed: Tensor, original: Tensor, chance: float = P_EACH) -> Ten
     return torch.where(_uniform(0, 1, original) < chance, changed, original)
 
 
-def color_shift(rgb: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """White balance, brightness, gamma, contrast and saturation of another camera."""
-    gain = torch.exp(torch.randn(len(rgb), 3, 1, 1, device=rgb.device) * 0.06) * torch.exp(0.12 * _normal(rgb))
-    rgb = (rgb.clamp(min=1e-3) ** torch.exp(0.15 * _normal(rgb))) * gain
-    rgb = (rgb - 0.5) * torch.exp(0.12 * _normal(rgb)) + 0.5
+def draw_color_shifts(n: int, device: torch.device) -> Float[Tensor, "n 6"]:
+    """Random parameters of `shifted_colors`: logarithms of three channel gains, gamma, contrast and saturation."""
+    spread = torch.tensor([0.06, 0.06, 0.06, 0.15, 0.12, 0.2], device=device)
+    shifts = torch.randn(n, 6, device=device) * spread
+    shifts[:, :3] += 0.12 * torch.randn(n, 1, device=device)
+    return torch.where(torch.rand(n, 1, device=device) < P_COLOR_SHIFT, shifts, torch.zeros_like(shifts))
+
+
+def shifted_colors(pictures: Float[Tensor, "b 4 h w"], shifts: Float[Tensor, "b 6"]) -> Float[Tensor, "b 4 h w"]:
+    """Premultiplied pictures in [0, 1] with another white balance, brightness, gamma, contrast and saturation."""
+    alpha = pictures[:, 3:]
+    gain, (gamma, contrast, saturation) = shifts[:, :3, None, None], shifts[:, 3:, None, None, None].unbind(1)
+    rgb = (pictures[:, :3] / alpha.clamp(min=1e-3)).clamp(1e-3, 1)
+    rgb = (rgb ** gamma.exp() * gain.exp() - 0.5) * contrast.exp() + 0.5
     gray = rgb.mean(1, keepdim=True)
-    return (gray + (rgb - gray) * torch.exp(0.2 * _normal(rgb))).clamp(0, 1)
+    rgb = (gray + (rgb - gray) * saturation.exp()).clamp(0, 1)
+    return torch.cat([rgb * alpha, alpha], 1)
 
 
 def _normal(like: Tensor) -> Float[Tensor, "b 1 1 1"]:
@@ -84,6 +97,7 @@ def ragged(alpha: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
     )
     soft = blurred(alpha, _uniform(0.7, 1.5, alpha))
     threshold = 0.5 + 0.12 * _normal(alpha) + 0.15 * wander
+    threshold = threshold.clamp(0.2, 0.8)  # no specks far from the rim, no holes inside
     return ((soft - threshold) * _uniform(1.5, 5, alpha) + 0.5).clamp(0, 1)
 
 
@@ -96,7 +110,7 @@ def photo_like(pictures: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "b 4 h w"]:
     rgb, alpha = pictures[:, :3], pictures[:, 3:]
     own = rgb.sum((2, 3), keepdim=True) / alpha.sum((2, 3), keepdim=True).clamp(min=1)
     ground = _sometimes(torch.rand_like(own), own, 0.5)
-    photo = _sometimes(color_shift(rgb + ground * (1 - alpha)), rgb + ground * (1 - alpha))
+    photo = rgb + ground * (1 - alpha)
     photo = _sometimes(blurred(photo, _uniform(0.3, 1.1, photo)), photo)
     photo = _sometimes(coarsened(photo, int(torch.randint(28, 60, ()))), photo)
     photo = _sometimes(photo + torch.randn_like(photo) * _uniform(0.005, 0.06, photo), photo)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..guidance.embedded.sampling import channels_last
 from ..guidance.embedded.unet import Layout, Reference
-from .augment import photo_like
+from .augment import draw_color_shifts, photo_like, shifted_colors
 from .views import N_GROUPS, N_VIEWS, SIZE, SOURCES
 
 SOURCE_SHARES = dict(zip(SOURCES, (0.42, 0.18, 0.24, 0.08, 0.08)))
@@ -94,6 +94,8 @@ class ViewStore:
             is_permuted = torch.rand(n, device=device) < P_PERMUTED_COLORS
             order = self._permutations[torch.where(is_permuted, torch.randint(6, (n,), device=device), 0)]
             reference, targets = _permuted(reference, order), _permuted(targets, order[owners])
+            shifts = draw_color_shifts(n, device)
+            reference, targets = shifted_colors(reference, shifts), shifted_colors(targets, shifts[owners])
             is_mirrored = torch.rand(n, device=device) < 0.5
             reference, targets = _mirrored(reference, is_mirrored), _mirrored(targets, is_mirrored[owners])
             cameras[:, 0] = torch.where(is_mirrored[owners], -cameras[:, 0], cameras[:, 0])

@@ -219,7 +219,7 @@ class Trainer:
             settings["lr"] = rate
         self.optimizer.step()
         self.step += 1
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - min(EMA_DECAY, self.step / (self.step + 20)))
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - min(EMA_DECAY, self.step / (self.step + 10)))
         return norm
 
     def save(self) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import multiprocessing.pool
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -250,7 +251,9 @@ def selected_sources(text: str) -> tuple[str, ...]:
     return names
 
 
-def render_round(out: Path, objects: list[tuple[str, int]], round_index: int, is_train: bool, workers) -> None:
+def render_round(
+    out: Path, objects: list[tuple[str, int]], round_index: int, is_train: bool, workers: multiprocessing.pool.Pool
+) -> None:
     """Render one round and mark it as done."""
     start, shape = time.time(), (len(objects), N_GROUPS, N_VIEWS)
     for name, full_shape, kind in (
