@@ -1,0 +1,46 @@
+"""Meshes as plain arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Triangles, counterclockwise from outside. +Z up."""
+
+    vertices: Float[np.ndarray, "n_vertices 3"]
+    """float32, world units."""
+    faces: Int[np.ndarray, "n_faces 3"]
+    """int32."""
+
+
+@dataclass(frozen=True)
+class TexturedMesh:
+    """A mesh whose vertices are split along the seams of its charts."""
+
+    vertices: Float[np.ndarray, "n_vertices 3"]
+    faces: Int[np.ndarray, "n_faces 3"]
+    uvs: Float[np.ndarray, "n_vertices 2"]
+    """In [0, 1], u to the right, v upward: (0, 0) is the lower left corner of the texture."""
+    normals: Float[np.ndarray, "n_vertices 3"]
+    """Unit length; the same on both sides of a seam."""
+    texture: UInt8[np.ndarray, "height width 3"]
+    """sRGB, row 0 on top."""
+
+
+def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit normals (n_vertices, 3) float32: face normals weighted by area, summed over all vertices at the same place."""
+    corners = vertices[faces].astype(np.float64)
+    face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    _, places = np.unique(vertices, axis=0, return_inverse=True)
+    ids = places.reshape(-1)[faces]
+    sums = np.stack(
+        [np.bincount(ids.ravel(), np.repeat(face_normals[:, k], 3), minlength=ids.max(initial=-1) + 1) for k in range(3)], 1
+    )
+    normals = sums[places.reshape(-1)] if len(sums) else np.zeros_like(vertices, np.float64)
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    return np.where(length > 1e-20, normals / np.maximum(length, 1e-20), [0.0, 0.0, 1.0]).astype(np.float32)
