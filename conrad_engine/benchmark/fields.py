@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..cameras import orbit_camera
+from ..cameras import Camera, orbit_camera
 from ..config import FieldConfig
 from ..fields.dense_volume import DenseVolume
 from ..fields.hash_grid import HashGrid, encode
@@ -29,15 +29,19 @@ def unit_box(device: torch.device) -> Tensor:
     return torch.tensor([[-1.0] * 3, [1.0] * 3], device=device)
 
 
-def orbit_rays(n_views: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rays of random cameras at distance 2.5, all views in one batch; only device operations, so it can be captured."""
+def orbit_cameras(n_views: int, size: int, device: torch.device) -> Camera:
+    """Random cameras at distance 2.5; made by device operations alone, so it can be captured."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(n_views, device=device)
 
     constant = torch.ones(n_views, device=device)
-    cameras = orbit_camera(uniform(-math.pi, math.pi), uniform(-0.2, 0.8), 2.5 * constant, 0.7 * constant, size)
-    origins, directions = cameras.rays()
+    return orbit_camera(uniform(-math.pi, math.pi), uniform(-0.2, 0.8), 2.5 * constant, 0.7 * constant, size)
+
+
+def orbit_rays(n_views: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rays of `orbit_cameras`, all views in one batch."""
+    origins, directions = orbit_cameras(n_views, size, device).rays()
     return origins.reshape(-1, 3), directions.reshape(-1, 3)
 
 

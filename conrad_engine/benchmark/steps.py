@@ -1,0 +1,300 @@
+"""Whole iterations of score distillation: the engine's loop as it is, the same work in one CUDA graph, and a peer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cameras import Camera, default_camera
+from ..config import HALF_FRAME, FieldConfig, preset
+from ..constraint import reference_view
+from ..fields.radiance_field import HashField, make_field
+from ..guidance import sds
+from ..guidance.embedded.prior import camera_rows, fast_precision
+from ..guidance.embedded.sampling import ConditionedPrior
+from ..guidance.frozen_encoder import rewrite_encoder
+from ..optimize import make_state, train_step
+from ..rendering.renderer import render_rays
+from .ceilings import Ceilings, count_flop, measure_ceilings
+from .fields import PAPER_GRID, SMALL_GRID, orbit_cameras, unit_box
+from .guidance import channels_last, half, unet_inputs
+from .networks import (
+    SD21,
+    ZERO123,
+    Encoder,
+    LatentModel,
+    TinyEncoder,
+    embedded_prior,
+    make_autoencoder,
+    make_tiny_autoencoder,
+    make_unet,
+)
+from .peer import PeerStep
+from .report import EXPECTED_ERRORS, Report, Row, Timing
+
+
+def run(report: Report, compiles: bool = False) -> None:
+    """All steps; `compiles` compiles the latent models' networks, which takes minutes."""
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(report)
+    _loop(report)
+    _embedded(report)
+    for model in (SD21,) if report.device.type == "cpu" else (SD21, ZERO123):
+        try:
+            _latent(report, ceilings, model, compiles)
+        except EXPECTED_ERRORS as error:
+            report.fail(model.name, error)
+
+
+def rate(timing: Timing | None, n_views: int, report: Report) -> None:
+    """A row of iterations and views a second."""
+    if timing is not None:
+        per_s = 1000 / timing.median_ms
+        report.add(Row("", notes={"iterations/s": per_s, "views/s": per_s * n_views}))
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """What a step renders."""
+
+    size: int
+    n_samples: int
+
+
+class StaticStep:
+    """Cameras, rays, field, a gradient on the pictures, backward, Adam: static shapes and no host in between."""
+
+    def __init__(
+        self,
+        config: FieldConfig,
+        rays: RaySettings,
+        n_views: int,
+        to_loss: Callable[[Tensor, Camera], tuple[Tensor, Tensor]],
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            config: The field.
+            rays: Size of the pictures.
+            n_views: Pictures a step.
+            to_loss: From premultiplied RGBA pictures (n, 4, h, w) and their cameras to a tensor that depends on them and
+                the gradient that flows into it.
+            device: Where it runs.
+        """
+        self.rays, self.n_views, self.to_loss, self.device = rays, n_views, to_loss, device
+        self.field = make_field(config, unit_box(device))
+        on_gpu = device.type == "cuda"
+        self.adam = torch.optim.Adam(self.field.parameters(), lr=0.01, fused=on_gpu, capturable=on_gpu)
+
+    def pictures(self, cameras: Camera) -> Tensor:
+        origins, directions = cameras.rays()
+        self.field.prepare()
+        rendering = render_rays(self.field, origins.reshape(-1, 3), directions.reshape(-1, 3), self.rays.n_samples)
+        size = self.rays.size
+        return rendering.rgba.view(self.n_views, size, size, 4).permute(0, 3, 1, 2)
+
+    def __call__(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        cameras = orbit_cameras(self.n_views, self.rays.size, self.device)
+        value, gradient = self.to_loss(self.pictures(cameras), cameras)
+        value.backward(gradient)
+        self.adam.step()
+
+
+def embedded_loss(prior: ConditionedPrior) -> Callable[[Tensor, Camera], tuple[Tensor, Tensor]]:
+    """Score distillation by the embedded prior, with the noise time drawn on the device."""
+
+    def to_loss(rgba: Tensor, cameras: Camera) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            time = (0.2 + 0.6 * torch.rand(1, device=rgba.device)).expand(len(rgba))
+            angle = time[:, None, None, None] * (torch.pi / 2)
+            noisy = angle.cos() * (rgba * 2 - 1) + angle.sin() * torch.randn_like(rgba)
+            clean = (prior.denoised(noisy, time, camera_rows(cameras), 2.0, is_joint=True) + 1) / 2
+        return rgba, (rgba.detach() - clean) / rgba.numel()
+
+    return to_loss
+
+
+def latent_loss(
+    model: LatentModel,
+    unet: Callable[..., tuple[Tensor]],
+    encode: Callable[[Tensor], Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    picture_size: int,
+    memory_format: torch.memory_format,
+) -> Callable[[Tensor, Camera], tuple[Tensor, Tensor]]:
+    """Score distillation by a latent model (arXiv:2209.14988): picture, latents, guided noise, gradient to the latents."""
+    condition, dtype = inputs[2], inputs[2].dtype
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=condition.device) ** 2
+    alphas_cumprod = torch.cumprod(1 - betas, 0)
+    # Zero123 sees the reference picture's latents beside the noisy ones.
+    beside = inputs[0][:, 4:]
+
+    def to_loss(rgba: Tensor, cameras: Camera) -> tuple[Tensor, Tensor]:
+        rgb = rgba[:, :3] + (1 - rgba[:, 3:])
+        large = F.interpolate(rgb, (picture_size, picture_size), mode="bilinear", align_corners=False)
+        latents = encode((large.to(dtype) * 2 - 1).contiguous(memory_format=memory_format))
+        with torch.no_grad():
+            timesteps = torch.randint(20, 980, (len(rgba),), device=rgba.device)
+            alphas = alphas_cumprod[timesteps]
+            noise = torch.randn_like(latents, dtype=torch.float32)
+            noisy = sds.add_noise(latents.float(), noise, alphas).to(dtype)
+            twice = torch.cat([torch.cat([noisy, noisy]), beside], 1).contiguous(memory_format=memory_format)
+            predicted = unet(twice, torch.cat([timesteps, timesteps]), condition, return_dict=False)[0]
+            without, conditional = predicted.float().chunk(2)
+            noise_pred = sds.guided(without, conditional, model.scale)
+            gradient = sds.sds_gradient(noise_pred, noise, sds.weighting(alphas, "sds"))
+        return latents, (gradient / len(rgba)).to(latents.dtype)
+
+    return to_loss
+
+
+def _loop(report: Report) -> None:
+    """`optimize.train_step` with the embedded prior, as a job runs it."""
+    device = report.device
+    report.begin("step, the engine's loop", "optimize.train_step of the presets, embedded prior, constraint and losses")
+    for name in ("draft",) if report.is_small else ("draft", "standard"):
+        try:
+            step = loop_step(name, device)
+        except EXPECTED_ERRORS as error:
+            report.fail(f"preset {name}", error)
+            continue
+        n_views = preset(name).optimize.n_views
+        timing = report.time(f"preset {name}, {n_views} views", step, n_calls=10 if report.is_small else 40)
+        rate(timing, n_views, report)
+
+
+def loop_step(name: str, device: torch.device) -> Callable[[], object]:
+    """A step in the middle of a job: a ball's picture, random or shipped weights."""
+    from ..guidance.embedded.prior import EmbeddedPrior
+    from ..guidance.interfaces import ReferencePicture
+
+    config = preset(name)
+    config = replace(config, optimize=replace(config.optimize, warm_start_views=0, n_steps=1000))
+    v, u = (np.mgrid[:128, :128] + 0.5) / 64 - 1
+    mask = (np.hypot(u, v) < 0.8).astype(np.float32)
+    rgb = np.stack([mask * 0.8, 0.5 + 0.4 * u, 0.5 + 0.4 * v], -1).astype(np.float32)
+    camera = default_camera(128, 128, 10.0, 40.0)
+    # As far away as a half frame of HALF_FRAME at the origin asks for.
+    tangent = 64 / float(camera.intrinsics[0])
+    c2w = camera.c2w.clone()
+    c2w[:, 3] *= HALF_FRAME / tangent
+    camera = replace(camera, c2w=c2w)
+    view = reference_view(rgb, mask, camera).to(device)
+    state = make_state(make_field(config.field_, unit_box(device)), [view], config, device)
+    condition = camera.to(device, torch.float32)
+    prior = EmbeddedPrior(config.guidance, device)
+    rgba = torch.from_numpy(np.concatenate([rgb * mask[..., None], mask[..., None]], -1)).permute(2, 0, 1)
+    prior.set_reference(ReferencePicture(rgba.to(device), condition))
+    generator = torch.Generator(device)
+    state.step = 400
+
+    def step() -> object:
+        generator.manual_seed(state.step)
+        state.step += 1
+        return train_step(state, prior, condition, config, generator)
+
+    return step
+
+
+def _embedded(report: Report) -> None:
+    device, dtype = report.device, fast_precision(report.device)
+    prior, weights = embedded_prior(device, dtype)
+    rays = RaySettings(prior.net.size, 16 if report.is_small else 64)
+    report.begin(
+        "step, embedded prior",
+        f"{rays.size}x{rays.size} rays x {rays.n_samples} samples a view, field, guidance, Adam; {weights} weights, "
+        "no constraint and no further losses",
+    )
+    grid = SMALL_GRID if report.is_small else replace(PAPER_GRID, encoder="auto")
+    volume = FieldConfig(kind="dense_volume", resolution=24 if report.is_small else 96)
+    for field_name, config in (("dense volume", volume), ("hash grid", grid)):
+        for n_views in (1,) if report.is_small else (1, 4):
+            step = StaticStep(config, rays, n_views, embedded_loss(prior), device)
+            name = f"{field_name}, {n_views} views"
+            timing = report.time(name, step)
+            timing = report.time(f"{name}, captured", step, is_captured=True) or timing
+            rate(timing, n_views, report)
+
+
+def _latent(report: Report, ceilings: Ceilings, model: LatentModel, compiles: bool) -> None:
+    device, dtype = report.device, half(report.device)
+    small = report.is_small
+    rays = RaySettings(16, 16) if small else RaySettings(64, 128)
+    picture_size = 64 if small else model.picture_size
+    grid = SMALL_GRID if small else replace(PAPER_GRID, encoder="auto")
+    unet, vae = make_unet(model, device, dtype, small), make_autoencoder(device, dtype, small)
+    inputs = unet_inputs(model, device, dtype, small)
+    rows = [("plain", Encoder(vae), unet, torch.contiguous_format)]
+    flop = _network_flop(model, unet, Encoder(vae), inputs, picture_size)
+    floor_ms = ceilings.floor_ms(flop=flop, dtype=dtype)
+    report.begin(
+        f"step, {model.name}",
+        f"{model.n_views} views, {rays.size}x{rays.size} rays x {rays.n_samples} samples, pictures of {picture_size} px; "
+        f"floor: operations of UNet and autoencoder, {flop / 1e12:.2f} TFLOP",
+    )
+    for name, encode, denoise, layout in rows:
+        loss = latent_loss(model, denoise, encode, inputs, picture_size, layout)
+        step = StaticStep(grid, rays, model.n_views, loss, device)
+        report.time(name, step, floor_ms)
+        report.time(f"{name}, captured", step, floor_ms, is_captured=True)
+    if model is SD21:
+        _peer(report, unet, vae, inputs, picture_size, floor_ms)
+    rewrite_encoder(vae)
+    encoder = Encoder(vae).to(memory_format=torch.channels_last)
+    unet.to(memory_format=torch.channels_last)
+    tiny = TinyEncoder(make_tiny_autoencoder(device, dtype)).to(memory_format=torch.channels_last)
+    inputs = channels_last(inputs)
+    fast = [("rewritten", encoder, unet), ("rewritten, tiny autoencoder", tiny, unet)]
+    if compiles:
+        quick = [torch.compile(network, fullgraph=True, dynamic=False) for network in (encoder, unet, tiny)]
+        fast += [("rewritten, compiled", *quick[:2]), ("rewritten, compiled, tiny autoencoder", quick[2], quick[1])]
+    for name, encode, denoise in fast:
+        loss = latent_loss(model, denoise, encode, inputs, picture_size, torch.channels_last)
+        step = StaticStep(grid, rays, model.n_views, loss, device)
+        is_tiny = "tiny" in name
+        timing = report.time(name, step, None if is_tiny else floor_ms)
+        timing = report.time(f"{name}, captured", step, None if is_tiny else floor_ms, is_captured=True) or timing
+        rate(timing, model.n_views, report)
+
+
+def _network_flop(
+    model: LatentModel,
+    unet: Callable[..., tuple[Tensor]],
+    encoder: Encoder,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    picture_size: int,
+) -> float:
+    """Operations of the networks in one step: the encoder's forward and backward pass, and the UNet."""
+    loss = latent_loss(model, unet, encoder, inputs, picture_size, torch.contiguous_format)
+    rgba = torch.rand(model.n_views, 4, 64, 64, device=inputs[0].device, requires_grad=True)
+    cameras = orbit_cameras(model.n_views, 64, inputs[0].device)
+
+    def networks() -> None:
+        value, gradient = loss(rgba, cameras)
+        value.backward(gradient)
+
+    return count_flop(networks)
+
+
+def _peer(
+    report: Report,
+    unet: Callable[..., tuple[Tensor]],
+    vae: torch.nn.Module,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    picture_size: int,
+    floor_ms: float,
+) -> None:
+    loss = latent_loss(SD21, unet, Encoder(vae), inputs, picture_size, torch.contiguous_format)
+    grid = SMALL_GRID if report.is_small else replace(PAPER_GRID, encoder="auto")
+    step = PeerStep(HashField(grid, unit_box(report.device)), loss, report.device, is_small=report.is_small)
+    timing = report.time("threestudio's dreamfusion-sd, re-implemented", step, floor_ms)
+    if timing is not None:
+        report.add(Row("", notes={"samples kept": step.n_kept}))
+    rate(timing, 1, report)
