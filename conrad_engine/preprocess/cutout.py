@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from ..errors import InputError
@@ -30,6 +30,14 @@ LOOSE, NOISE_FACTOR, LOOSEST = 5.0, 4.0, 9.0
 """Color difference (CIE76) to the backdrop that still counts as backdrop: at least, times its noise, at most."""
 SHADOW_DARKEST = 0.4
 """Light left in the darkest shadow that is recognized; darker ones stay with the object."""
+SHADOW_EDGE = 1.2
+"""Largest color difference a pixel within a soft shadow."""
+GAP, SHADOW_GAP = 2, 5
+"""Half widths, pixels, of the gaps in an object's outline that backdrop and shadow do not pass."""
+REFINED_BAND = 0.008
+"""Half width, as share of the longest side, of the band in which the coarse outline may still move."""
+SMALL_HOLE = 0.02
+"""Holes before a busy background are filled if smaller than this share of the object: more often a part than a view."""
 MIN_SHARE, MAX_SHARE = 0.002, 0.95
 """Share of the picture an object has to have."""
 
@@ -84,24 +92,25 @@ def fit_backdrop(lab: Rgb) -> tuple[Rgb | None, float]:
 
 def plain_object(rgb: Rgb, lab: Rgb, backdrop: Rgb, tolerance: float) -> Region:
     """What differs from a plain backdrop, without soft shadows and with see-through holes."""
-    flat = _edge_strength(lab) < 0.4 * tolerance
+    edges = _edge_strength(lab)
+    flat = edges < 0.4 * tolerance
     for _ in range(3):
         difference = np.linalg.norm(lab - backdrop, axis=-1)
-        outside = _flooded((difference < tolerance) & flat)
+        outside = _flooded((difference < tolerance) & flat, GAP)
         # The field was only known at the border; what the flood reached corrects it, also behind the object.
         backdrop = cv2.GaussianBlur(spread(lab, outside.astype(np.float32)), (0, 0), 3)
     matches = difference < tolerance
-    outside = _flooded(outside | (_soft_shadow(rgb, backdrop) & flat))
+    outside = _flooded(outside | (_soft_shadow(rgb, backdrop) & (edges < SHADOW_EDGE)), SHADOW_GAP)
     # The flood stops short of the outline, where the picture is no longer flat.
     outside |= cv2.dilate(outside.astype(np.uint8), _disk(3)).astype(bool) & matches
-    return _tidy(~outside & ~_see_through(matches & ~outside, difference, 0.35 * tolerance))
+    return _tidy(~outside & ~_see_through(matches & ~outside, difference, tolerance))
 
 
-def _flooded(passable: Region) -> Region:
+def _flooded(passable: Region, radius: int) -> Region:
     """What is reached from the border without squeezing through gaps of a few pixels in the object's outline."""
-    wide = cv2.erode(passable.astype(np.uint8), _disk(2), borderValue=1).astype(bool)
+    wide = cv2.erode(passable.astype(np.uint8), _disk(radius), borderValue=1).astype(bool)
     reached = _joined_to_border(wide)
-    return cv2.dilate(reached.astype(np.uint8), _disk(2)).astype(bool) & passable
+    return cv2.dilate(reached.astype(np.uint8), _disk(radius)).astype(bool) & passable
 
 
 def _soft_shadow(rgb: Rgb, backdrop: Rgb) -> Region:
@@ -113,12 +122,20 @@ def _soft_shadow(rgb: Rgb, backdrop: Rgb) -> Region:
     return same_hue & (level > SHADOW_DARKEST) & (level < 1.02)
 
 
-def _see_through(candidates: Region, difference: Mask, limit: float) -> Region:
-    """Enclosed regions that show the backdrop itself: between a chair's slats, in a handle."""
-    n_parts, labels, stats, _ = cv2.connectedComponentsWithStats(candidates.astype(np.uint8), connectivity=4)
+def _see_through(matches: Region, difference: Mask, tolerance: float) -> Region:
+    """Enclosed regions that show the backdrop itself: between a chair's slats, in a handle.
+
+    A highlight may have the backdrop's color by chance, but it fades; a hole ends at once, in something else.
+    """
+    n_parts, labels = cv2.connectedComponents(matches.astype(np.uint8), connectivity=4)
     areas = np.maximum(np.bincount(labels.ravel(), minlength=n_parts), 1)
     means = np.bincount(labels.ravel(), weights=difference.ravel(), minlength=n_parts) / areas
-    is_hole = (means < limit) & (areas >= 2e-5 * candidates.size + 6)
+    # Each pixel up to three away belongs to the ring of one region.
+    rings = cv2.dilate(labels.astype(np.float32), _disk(3)).astype(int) * (labels == 0)
+    ring_sizes = np.maximum(np.bincount(rings.ravel(), minlength=n_parts), 1)
+    apart = (difference > 2.5 * tolerance) & (rings > 0)
+    contrast = np.bincount(rings.ravel(), weights=apart.ravel(), minlength=n_parts) / ring_sizes
+    is_hole = (means < 0.35 * tolerance) & (contrast > 0.5) & (areas >= 2e-5 * matches.size + 6)
     is_hole[0] = False
     return is_hole[labels]
 
@@ -126,15 +143,26 @@ def _see_through(candidates: Region, difference: Mask, limit: float) -> Region:
 def busy_object(rgb: Rgb) -> Region:
     """GrabCut from several starts; the best outline is then redone at full working size in a band around it."""
     coarse = _at_most(rgb, COARSE_SIDE)
-    lab, saliency = _lab(coarse), border_saliency(_lab(coarse))
-    edges = _edge_strength(lab)
-    edges = np.minimum(edges / max(np.percentile(edges, 95), 1e-3), 1)
-    image = (coarse * 255).round().astype(np.uint8)
-    judge = _Judge(lab, edges, saliency)
-    found = judge.best([_grab(image, start, 3) for start in _starts(saliency)], 2)
+    lab = _lab(coarse)
+    saliency = border_saliency(lab)
+    judge = _Judge(lab, saliency)
+    # GrabCut's Gaussians see other clusters in Lab than in RGB: each finds objects that the other one misses.
+    images = [
+        (coarse * 255).round().astype(np.uint8),
+        np.clip(lab * [1.6, 2, 2] + [40, 128, 128], 0, 255).astype(np.uint8),
+    ]
+    tries = judge.plausible([_grab(image, start, 3) for image in images for start in _starts(saliency)])
+    if not tries:
+        return np.zeros(rgb.shape[:2], bool)
     # Once the object's place is known, everything beyond it teaches the background's colors.
-    found = judge.best(found + [_grab(image, _around(region, margin), 3) for region in found for margin in (0.06, 0.15)], 1)
-    return _refined(rgb, found[0]) if found else np.zeros(rgb.shape[:2], bool)
+    places = [judge.choice(tries), _majority(tries)]
+    again = [_grab(image, _around(place, m), 3) for image in images for place in places for m in (0.04, 0.1)]
+    return _refined(rgb, judge.choice(tries + judge.plausible(again)))
+
+
+def _majority(regions: list[Region]) -> Region:
+    votes = np.mean(regions, axis=0)
+    return votes > min(0.5, 0.99 * votes.max())
 
 
 def _around(region: Region, margin: float) -> ndarray:
@@ -176,22 +204,33 @@ def _grab(image: ndarray, labels: ndarray, n_rounds: int) -> Region | None:
 class _Judge:
     """How much a region looks like the object: outline on edges, colors apart, salient, central, off the border."""
 
-    def __init__(self, lab: Rgb, edges: Mask, saliency: Mask) -> None:
-        self.bins = np.clip(lab / [12.5, 16, 16] + [0, 8, 8], 0, [7, 15, 15]).astype(int) @ [256, 16, 1]
+    def __init__(self, lab: Rgb, saliency: Mask) -> None:
+        self.bins = _color_bins(lab)
+        edges = _edge_strength(lab)
+        edges = np.minimum(edges / max(float(np.percentile(edges, 95)), 1e-3), 1)
         self.edges = cv2.dilate(edges, np.ones((3, 3), np.uint8))
         self.saliency = saliency
 
-    def best(self, regions: list[Region | None], n: int) -> list[Region]:
-        """The n best regions of plausible size, tidied."""
-        tidied = [self._filled(_tidy(region, self.saliency)) for region in regions if region is not None]
-        sized = [region for region in tidied if MIN_SHARE <= region.mean() <= MAX_SHARE]
-        return sorted(sized, key=self.score, reverse=True)[:n]
+    def plausible(self, regions: list[Region | None]) -> list[Region]:
+        """The regions of a size that an object may have, tidied."""
+        tidied = [_filled(_tidy(region, self.saliency), self.bins) for region in regions if region is not None]
+        return [region for region in tidied if MIN_SHARE <= region.mean() <= MAX_SHARE]
+
+    def choice(self, regions: list[Region]) -> Region:
+        """The region of the highest score times agreement (mean intersection over union) with the others.
+
+        The score alone likes a clean part better than the whole object; the other starts tell it is a part.
+        """
+        flat = np.stack(regions).reshape(len(regions), -1).astype(np.float32)
+        shared, areas = flat @ flat.T, flat.sum(1)
+        agreement = (shared / (areas[:, None] + areas[None] - shared)).mean(1)
+        return regions[int(np.argmax(agreement * [self.score(region) for region in regions]))]
 
     def score(self, inside: Region) -> float:
         height, width = inside.shape
         outline = inside & ~cv2.erode(inside.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
         on_edge = float(self.edges[outline].mean())
-        inner, outer = self._shares(inside)
+        inner, outer = _shares(self.bins, inside), _shares(self.bins, ~inside)
         apart = 1 - float(np.sqrt(inner * outer).sum())
         salient = float(self.saliency[inside].mean() - self.saliency[~inside].mean())
         v, u = np.argwhere(inside).mean(0) / [height, width] - 0.5
@@ -203,33 +242,42 @@ class _Judge:
         return (on_edge + apart + salient) * central * free * sized
 
     def _shares(self, inside: Region) -> tuple[ndarray, ndarray]:
-        return tuple(
-            np.bincount(self.bins[part], minlength=2048) / max(part.sum(), 1) for part in (inside, ~inside)
-        )
+        return tuple(np.bincount(self.bins[part], minlength=2048) / max(part.sum(), 1) for part in (inside, ~inside))
 
-    def _filled(self, inside: Region) -> Region:
-        """Without the holes whose colors are rather the object's than the background's."""
-        inner, outer = self._shares(inside)
-        n_parts, labels = cv2.connectedComponents((~inside).astype(np.uint8), connectivity=4)
-        votes = np.log((outer + 1e-4) / (inner + 1e-4))[self.bins]
-        is_object = np.bincount(labels.ravel(), weights=votes.ravel(), minlength=n_parts) < 0
-        is_object &= ~np.isin(np.arange(n_parts), [*labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]])
-        is_object[labels[inside]] = True
-        return is_object[labels] | inside
+
+def _color_bins(lab: Rgb) -> Int[ndarray, "height width"]:
+    """Coarse color of each pixel, as one of 2048 numbers."""
+    return np.clip(lab / [12.5, 16, 16] + [0, 8, 8], 0, [7, 15, 15]).astype(int) @ [256, 16, 1]
+
+
+def _shares(bins: Int[ndarray, "height width"], part: Region) -> Float[ndarray, " n_bins"]:
+    return np.bincount(bins[part], minlength=2048) / max(int(part.sum()), 1)
+
+
+def _filled(inside: Region, bins: Int[ndarray, "height width"]) -> Region:
+    """Without small holes, and without those whose colors are rather the object's than those of the background nearby."""
+    near = cv2.dilate(inside.astype(np.uint8), _disk(0.08 * max(inside.shape))).astype(bool)
+    beyond = _joined_to_border(~inside)
+    odds = np.log((_shares(bins, near & beyond) + 1e-4) / (_shares(bins, inside) + 1e-4))
+    n_parts, labels = cv2.connectedComponents((~inside & ~beyond).astype(np.uint8), connectivity=4)
+    is_object = np.bincount(labels.ravel(), weights=odds[bins].ravel(), minlength=n_parts) < 0
+    is_object |= np.bincount(labels.ravel(), minlength=n_parts) < SMALL_HOLE * inside.sum()
+    is_object[0] = False
+    return inside | is_object[labels]
 
 
 def _refined(rgb: Rgb, coarse: Region) -> Region:
     """Outline at working size: GrabCut decides only in a band around the coarse outline."""
     height, width = rgb.shape[:2]
     grown = cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) > 0.5
-    reach = max(3, round(0.012 * max(height, width)))
+    reach = max(3, round(REFINED_BAND * max(height, width)))
     brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
     outer = cv2.dilate(grown.astype(np.uint8), brush).astype(bool)
     inner = cv2.erode(grown.astype(np.uint8), brush).astype(bool)
     labels = np.where(grown, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     labels[~outer], labels[inner] = cv2.GC_BGD, cv2.GC_FGD
     found = _grab((rgb * 255).round().astype(np.uint8), labels, 2)
-    return _tidy(grown if found is None else found)
+    return _filled(_tidy(grown if found is None else found), _color_bins(_lab(rgb)))
 
 
 def _tidy(inside: Region, saliency: Mask | None = None) -> Region:
