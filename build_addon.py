@@ -255,7 +255,12 @@ def validate(zip_path: Path, validator: Path) -> None:
 
 
 def build(
-    out: Path, cache: Path, engine: str = "inside", is_abi3: bool = False, is_split: bool = False, engine_wheel: str = ""
+    out: Path,
+    cache: Path,
+    engine: str = "inside",
+    is_abi3: bool = False,
+    is_split: bool = False,
+    engine_wheel: str = "",
 ) -> list[Path]:
     """Build the zip or zips.
 

@@ -18,6 +18,7 @@ MODULES = (
     "operators_job",
     "batch_run",
     "operators_batch",
+    "operators_ui",
     "panels",
     "handlers",
     "translations",

@@ -196,7 +196,9 @@ def place_of(settings: bpy.types.PropertyGroup, scene: bpy.types.Scene) -> Vecto
     return scene.cursor.location.copy() if settings.place == "CURSOR" else Vector((0.0, 0.0, 0.0))
 
 
-def add_reference(scene: bpy.types.Scene, pose: np.ndarray | None = None, fov_deg: float | None = None) -> bpy.types.Object:
+def add_reference(
+    scene: bpy.types.Scene, pose: np.ndarray | None = None, fov_deg: float | None = None
+) -> bpy.types.Object:
     """A new reference camera for the scene's picture with its proxy, fitted to the picture's outline.
 
     Args:

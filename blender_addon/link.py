@@ -128,7 +128,9 @@ def _import_waiting() -> None:
     """Import what has arrived, one result a round, when the user's hands are off."""
     assert _session is not None
     for job in list(_session.table.jobs.values()):
-        is_whole = job.result is not None and (job.texture or "texture.png" not in (job.state.parts if job.state else ()))
+        is_whole = job.result is not None and (
+            job.texture or "texture.png" not in (job.state.parts if job.state else ())
+        )
         if job.wants_import and is_whole and job.notes.kind != "batch" and not scene_tools.is_busy():
             return bring_in(job, scene_tools.scene_now())
 

@@ -48,7 +48,9 @@ class CONRAD_OT_set_up_engine(bpy.types.Operator):
             cls.poll_message_set("Choose the wheel folder to install from")
             return False
         if not (chosen.is_offline or bpy.app.online_access):
-            cls.poll_message_set("Allow Online Access in the preferences, or choose a wheel folder and Wheel Folder Only")
+            cls.poll_message_set(
+                "Allow Online Access in the preferences, or choose a wheel folder and Wheel Folder Only"
+            )
             return False
         return True
 

@@ -115,7 +115,9 @@ def engine_settings() -> EngineSettings:
     preferences = get()
     return EngineSettings(
         python=engine_python(),
-        data_folder=bpy.path.abspath(preferences.data_folder) if preferences.data_folder else str(default_data_folder()),
+        data_folder=bpy.path.abspath(preferences.data_folder)
+        if preferences.data_folder
+        else str(default_data_folder()),
         device=preferences.device,
         idle_minutes=preferences.idle_minutes,
         remote_endpoint=preferences.remote_endpoint if preferences.use_remote else "",

@@ -91,7 +91,9 @@ def push_undo(message: str) -> None:
         bpy.ops.ed.undo_push(message=message)
 
 
-def redraw(kinds: tuple[str, ...] = ("VIEW_3D", "IMAGE_EDITOR", "PREFERENCES", "STATUSBAR"), view: bool = False) -> None:
+def redraw(
+    kinds: tuple[str, ...] = ("VIEW_3D", "IMAGE_EDITOR", "PREFERENCES", "STATUSBAR"), view: bool = False
+) -> None:
     """Draw our panels again, and the viewports themselves if asked to."""
     if bpy.app.background:
         return

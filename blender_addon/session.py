@@ -1,6 +1,6 @@
 """The engine as the add-on sees it: process, connection and jobs as one thing that is polled. No bpy, never waiting.
 
-    Session.poll() -> launcher (is the process there?) -> client (what has it said?) -> jobs (what does it mean?) -> events
+Session.poll() -> launcher (is the process there?) -> client (what has it said?) -> jobs (what does it mean?) -> events
 """
 
 from __future__ import annotations
@@ -460,4 +460,3 @@ def with_result_wanted(session: Session, job: Job) -> None:
 def changed(settings: EngineSettings, other: EngineSettings) -> bool:
     """Whether a running engine must be started anew for these settings."""
     return replace(settings, idle_minutes=0.0) != replace(other, idle_minutes=0.0)
-

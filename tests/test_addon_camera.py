@@ -147,7 +147,10 @@ def test_placed_object_still_covers_the_picture_from_the_placed_camera():
     vertices = np.random.default_rng(2).uniform(-0.4, 0.4, (30, 3))
     pose, lens = cm.orbit_pose(np.zeros(3), cm.Orbit(20.0, 10.0, 3.0)), (600, 600, 320, 240)
     mapping, _ = cm.placement(vertices, np.array([1.0, 2.0, 0.0]), 2.0, "BOTTOM")
-    before, after = cm.project(vertices, pose, lens)[0], cm.project(mapping.points(vertices), mapping.pose(pose), lens)[0]
+    before, after = (
+        cm.project(vertices, pose, lens)[0],
+        cm.project(mapping.points(vertices), mapping.pose(pose), lens)[0],
+    )
     assert np.allclose(before, after, atol=1e-6)
 
 
