@@ -51,6 +51,8 @@ def _diffusers() -> Any:
         raise MissingDependency(
             "the latent models of the benchmark need diffusers: pip install 'conrad-engine[sd]'"
         ) from None
+    # It warns of every cast, also of those that its own pipelines make.
+    diffusers.utils.logging.set_verbosity_error()
     return diffusers
 
 

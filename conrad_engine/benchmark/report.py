@@ -119,7 +119,8 @@ class Report:
 
     def begin(self, section: str, explanation: str) -> None:
         self.sections[section] = []
-        print(f"\n{section}: {explanation}\n{'':52}{'median':>10}{'low':>9}{'high':>9}{'floor':>9}{'x':>7}", flush=True)
+        print(f"\n{section}: {explanation}", flush=True)
+        print(f"{'':52}{'median ms':>10}{'low':>9}{'high':>9}{'floor':>9}{'x floor':>8}", flush=True)
 
     def add(self, row: Row) -> None:
         list(self.sections.values())[-1].append(row)
@@ -175,7 +176,7 @@ def format_row(row: Row) -> str:
         return f"{row.name:<52}{notes}"
     floor = "" if row.floor_ms is None else f"{row.floor_ms:.3f}"
     ratio = "" if not row.floor_ms else f"{row.timing.median_ms / row.floor_ms:.1f}"
-    figures = f"{row.timing.median_ms:>10.3f}{row.timing.low_ms:>9.3f}{row.timing.high_ms:>9.3f}{floor:>9}{ratio:>7}"
+    figures = f"{row.timing.median_ms:>10.3f}{row.timing.low_ms:>9.3f}{row.timing.high_ms:>9.3f}{floor:>9}{ratio:>8}"
     return f"{row.name:<52}{figures}  {notes}".rstrip()
 
 
