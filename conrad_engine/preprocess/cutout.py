@@ -42,8 +42,8 @@ MIN_SHARE, MAX_SHARE = 0.002, 0.95
 """Share of the picture an object has to have."""
 
 
-def cut_out(rgb: Rgb) -> Mask:
-    """Soft mask of the most prominent object.
+def cut_out(rgb: Rgb) -> tuple[Mask, str]:
+    """Soft mask of the most prominent object, and how it was found: `backdrop` or `grabcut`.
 
     Raises:
         InputError: Nothing stands out from the background.
@@ -61,7 +61,7 @@ def cut_out(rgb: Rgb) -> Mask:
             f"no object stands out from the background ({share:.1%} of the picture differs from it): "
             "use a picture with one clear object, or give a mask"
         )
-    return soften(rgb, inside)
+    return soften(rgb, inside), "grabcut" if backdrop is None else "backdrop"
 
 
 def fit_backdrop(lab: Rgb) -> tuple[Rgb | None, float]:

@@ -43,7 +43,7 @@ def matte(rgb: Rgb, config: PictureConfig) -> tuple[Mask, str]:
             return _rembg_or_explain(rgb)
         case "auto" if has_rembg() and (found := rembg_model()):
             return rembg_mask(rgb, found), f"rembg {found.stem}"
-    return cut_out(rgb), "grabcut"
+    return cut_out(rgb)
 
 
 def has_rembg() -> bool:

@@ -23,6 +23,8 @@ Mask = Float[ndarray, "height width"]
 
 MIN_OBJECT_PIXELS = 64
 """Fewer object pixels than this are no object."""
+LEAST_DETAIL = 0.012
+"""Change of the sharpest pixels when an object is halved and doubled again: below it the picture was enlarged threefold."""
 SMALL_OBJECT_SIDE = 128
 """An object whose longer side has fewer pixels gets a blurred texture: worth a warning."""
 
@@ -43,7 +45,7 @@ class PreparedPicture:
     box: tuple[int, int, int, int]
     """Left, top, right, bottom of the mask at one half; right and bottom lie one past the last pixel."""
     matting: str
-    """Where the mask comes from: mask, alpha, grabcut, rembg MODEL or onnx MODEL."""
+    """Where the mask comes from: mask, alpha, backdrop, grabcut, rembg MODEL or onnx MODEL."""
     warnings: tuple[str, ...]
     """Sentences for the user; none of them stops the job."""
     sha256: str
@@ -94,7 +96,7 @@ def prepare_picture(
         original=(picture.rgba * 255).round().astype(np.uint8),
         box=box,
         matting=matting,
-        warnings=picture.warnings + tuple(_object_warnings(box, width, height, matting)),
+        warnings=picture.warnings + tuple(_object_warnings(rgb * alpha[..., None], box, matting)),
         sha256=picture.sha256,
         scale=width / picture.original_width,
         original_width=picture.original_width,
@@ -179,24 +181,28 @@ def _object_box(alpha: Mask) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _object_warnings(box: tuple[int, int, int, int], width: int, height: int, matting: str) -> list[str]:
+def _object_warnings(rgb: Float[ndarray, "height width 3"], box: tuple[int, int, int, int], matting: str) -> list[str]:
+    height, width = rgb.shape[:2]
     left, top, right, bottom = box
     notes = []
-    sides = [
-        name
-        for name, touches in (
-            ("left", left == 0),
-            ("top", top == 0),
-            ("right", right == width),
-            ("bottom", bottom == height),
-        )
-        if touches
-    ]
+    touching = {"left": left == 0, "top": top == 0, "right": right == width, "bottom": bottom == height}
+    sides = [name for name, touches in touching.items() if touches]
     if sides:
         notes.append(f"the object touches the {' and '.join(sides)} border of the picture: what lies beyond is missing")
     longest = max(right - left, bottom - top)
     if longest < SMALL_OBJECT_SIDE:
         notes.append(f"the object is only {longest} pixels large: its texture will be blurred; use a larger picture")
+    if _is_enlarged(rgb[top:bottom, left:right]):
+        notes.append("the object has no fine detail: the picture was enlarged or is out of focus; use a sharper one")
     if matting == "grabcut":
-        notes.append("the object was cut out by color alone: check the mask, and give one if it is wrong")
+        notes.append(
+            "the object was cut out of a busy background by color alone: check the mask, give one if it is wrong"
+        )
     return notes
+
+
+def _is_enlarged(rgb: Float[ndarray, "height width 3"]) -> bool:
+    size = (max(1, rgb.shape[1] // 2), max(1, rgb.shape[0] // 2))
+    halved = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    restored = cv2.resize(halved, rgb.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    return float(np.percentile(np.abs(rgb - restored).max(-1), 99.9)) < LEAST_DETAIL
