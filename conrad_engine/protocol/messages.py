@@ -42,7 +42,7 @@ RESULT_FILES = (
     "sheet.png",
     "turntable.mp4",
     "turntable.gif",
-    "thumbnail.png",
+    "camera.json",
     "config.json",
     "metrics.json",
 )
@@ -358,7 +358,7 @@ class Preview:
     number: int
     step: int
     rgb: Array
-    """u1 (height, width, 3), sRGB, row 0 on top."""
+    """u1 (height, width, 3), sRGB, row 0 on top; or 4 channels, the last of which is straight opacity."""
     serial: int = 0
     """That of the `SetPreview` it answers."""
     c2w: tuple[float, ...] = ()

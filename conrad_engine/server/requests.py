@@ -1,0 +1,180 @@
+"""From the wire's small vocabulary to the engine's settings, with everything checked that needs no picture. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from ..config import GUIDANCES, PipelineConfig, preset, with_overrides
+from ..errors import InputError
+from ..protocol import Extract, Submit
+from .store import JOB_ID
+
+PATH_SETTINGS = ("picture.matting_model", "guidance.weights")
+"""Settings that hold paths on the engine's machine, which no client may choose."""
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+OWN_SETTINGS = ("preset", "guidance", "device", "threads")
+"""Settings that are not overrides: they have a field of their own, or are the engine's."""
+
+MAX_PICTURE_BYTES = 64 * 1024 * 1024
+MAX_PIXELS = 100_000_000
+MAX_MESH_ELEMENTS = 5_000_000
+
+
+def settings_of(submit: Submit) -> dict:
+    """The settings of a job as they are kept: JSON types only.
+
+    Raises:
+        InputError: Something in the request cannot be used.
+    """
+    _check_identity(submit)
+    _check_pictures(submit)
+    _check_camera(submit)
+    _check_mesh(submit)
+    overrides = dict(submit.overrides)
+    if not submit.c2w and "picture.elevation_deg" not in overrides:
+        # Nobody has said how high the camera stands: the preset's elevation is only a guess.
+        overrides.setdefault("picture.is_elevation_known", False)
+    settings = {
+        "preset": submit.preset,
+        "guidance": submit.guidance,
+        "prompt": submit.prompt,
+        "seed": submit.seed,
+        "texture_size": submit.texture_size,
+        "n_faces": submit.n_faces,
+        "overrides": overrides,
+    }
+    return {**settings, "resolved": _resolved(settings)}
+
+
+def pipeline_config(settings: dict, device: str = "auto") -> PipelineConfig:
+    """The full configuration of a job.
+
+    Raises:
+        InputError: A setting does not exist, has no such value, or may not be set by a client.
+    """
+    overrides: dict[str, object] = {"seed": settings["seed"], "prompt": settings["prompt"], "device": device}
+    if settings["guidance"]:
+        overrides["guidance"] = settings["guidance"]
+    for name, value in settings["overrides"].items():
+        if name in PATH_SETTINGS or name in OWN_SETTINGS:
+            raise InputError(f"setting {name!r} cannot be set by a client")
+        if name == "guidance.model" and not HUB_ID.fullmatch(str(value)):
+            raise InputError(f"guidance.model must be a hub id such as 'name/model', not {str(value)[:60]!r}")
+        overrides[name] = value
+    if settings["texture_size"] is not None:
+        overrides["mesh.texture_size"] = settings["texture_size"]
+    if settings["n_faces"] is not None:
+        overrides["mesh.n_faces"] = settings["n_faces"]
+    return with_overrides(preset(settings["preset"]), overrides)
+
+
+def extract_changes(extract: Extract, settings: dict) -> dict:
+    """What an `Extract` changes in a job's settings.
+
+    Raises:
+        InputError: A value cannot be used.
+    """
+    overrides = dict(settings["overrides"])
+    changes: dict = {"overrides": overrides}
+    for name, value in (("mesh.resolution", extract.resolution), ("mesh.level", extract.level)):
+        if value is not None:
+            overrides[name] = value
+    for name, value in (("texture_size", extract.texture_size), ("n_faces", extract.n_faces)):
+        if value is not None:
+            changes[name] = value
+    return {**changes, "resolved": _resolved({**settings, **changes})}
+
+
+def continue_changes(n_steps: int, settings: dict) -> dict:
+    """What a `Continue` changes in a job's settings.
+
+    Raises:
+        InputError: The number of steps is not larger than the present one.
+    """
+    present = settings["resolved"]["n_steps_set"]
+    if not present <= n_steps <= 1_000_000:
+        raise InputError(
+            f"the job has {present} steps; continue it with a larger number (at most 1000000), not {n_steps}"
+        )
+    changes = {"overrides": {**settings["overrides"], "optimize.n_steps": n_steps}}
+    return {**changes, "resolved": _resolved({**settings, **changes})}
+
+
+def check_view(c2w: tuple[float, ...], intrinsics: tuple[float, ...], width: int, height: int, max_side: int) -> None:
+    """A camera on the wire has the right number of sensible numbers; whether it is a rotation is the worker's check.
+
+    Raises:
+        InputError: It has not.
+    """
+    if not c2w and not intrinsics:
+        return
+    if len(c2w) != 16 or len(intrinsics) != 4:
+        raise InputError(f"a camera has 16 numbers of c2w and 4 intrinsics, not {len(c2w)} and {len(intrinsics)}")
+    if not all(math.isfinite(x) and abs(x) < 1e9 for x in (*c2w, *intrinsics)):
+        raise InputError("a camera's numbers must be finite")
+    if min(intrinsics[:2]) <= 0 or not (1 <= width <= max_side and 1 <= height <= max_side):
+        raise InputError(f"a camera needs positive focal lengths and a size of 1 to {max_side} pixels")
+
+
+def _resolved(settings: dict) -> dict:
+    """The figures that clients show, from the full configuration."""
+    config = pipeline_config(settings)
+    return {
+        "n_steps_set": config.optimize.n_steps,
+        "texture_size": config.mesh.texture_size,
+        "n_faces": config.mesh.n_faces,
+    }
+
+
+def _check_identity(submit: Submit) -> None:
+    if not JOB_ID.fullmatch(submit.job):
+        raise InputError("a job's id must be 32 hexadecimal digits in lower case")
+    if len(submit.name) > 200:
+        raise InputError("a job's name must have at most 200 characters")
+    if not -100 <= submit.priority <= 100:
+        raise InputError(f"a job's priority must be between -100 and 100, not {submit.priority}")
+    if submit.guidance and submit.guidance not in GUIDANCES:
+        raise InputError(f"unknown guidance {submit.guidance[:60]!r}: use {', '.join(GUIDANCES)}")
+
+
+def _check_pictures(submit: Submit) -> None:
+    if (submit.picture is None) == (submit.pixels is None):
+        raise InputError("a job needs a picture: either its file's bytes or its pixels")
+    for name in ("picture", "mask", "depth"):
+        data = getattr(submit, name)
+        if data is not None and not 1 <= len(data) <= MAX_PICTURE_BYTES:
+            raise InputError(f"the {name} has {len(data)} bytes; 1 to {MAX_PICTURE_BYTES} are allowed")
+    for name, dtype, channels in (("pixels", "u1", (3, 4)), ("mask_pixels", "u1", ()), ("depth_pixels", "<f4", ())):
+        array = getattr(submit, name)
+        if array is None:
+            continue
+        is_image = array.dtype == dtype and len(array.shape) == (3 if channels else 2) and min(array.shape) > 0
+        if not is_image or (channels and array.shape[2] not in channels):
+            shape = "(height, width, 3 or 4)" if channels else "(height, width)"
+            raise InputError(f"{name} must be {dtype} {shape}, not {array.dtype} {array.shape}")
+        if array.shape[0] * array.shape[1] > MAX_PIXELS:
+            raise InputError(f"{name} has {array.shape[0] * array.shape[1]} pixels; at most {MAX_PIXELS} are allowed")
+    if submit.depth_kind not in ("relative", "metric"):
+        raise InputError(f"depth_kind must be relative or metric, not {submit.depth_kind[:60]!r}")
+
+
+def _check_camera(submit: Submit) -> None:
+    check_view(submit.c2w, submit.intrinsics, submit.width, submit.height, max_side=100_000)
+    if len(submit.object_center) not in (0, 3):
+        raise InputError(f"object_center has 3 numbers, not {len(submit.object_center)}")
+    if submit.object_size is not None and submit.object_size <= 0:
+        raise InputError(f"object_size must be positive, not {submit.object_size:g}")
+
+
+def _check_mesh(submit: Submit) -> None:
+    vertices, faces = submit.init_vertices, submit.init_faces
+    if (vertices is None) != (faces is None) or (vertices is not None and submit.init_mesh is not None):
+        raise InputError("a start mesh is either file bytes, or init_vertices together with init_faces")
+    for array, dtypes, name in ((vertices, ("<f4",), "init_vertices"), (faces, ("<i4", "<u4"), "init_faces")):
+        if array is None:
+            continue
+        if array.dtype not in dtypes or len(array.shape) != 2 or array.shape[1] != 3:
+            raise InputError(f"{name} must be {' or '.join(dtypes)} (n, 3), not {array.dtype} {array.shape}")
+        if not 1 <= array.shape[0] <= MAX_MESH_ELEMENTS:
+            raise InputError(f"{name} has {array.shape[0]} rows; 1 to {MAX_MESH_ELEMENTS} are allowed")

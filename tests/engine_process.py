@@ -1,0 +1,110 @@
+"""Starting real engine processes for tests, with the toy pipeline unless told otherwise."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from conrad_engine.protocol import CONNECTION_FILE, Connection, EngineClient, Submit, new_job_id
+
+ROOT = Path(__file__).resolve().parents[1]
+START = (
+    "import sys; from pathlib import Path; from conrad_engine.server.serve import Options, serve;"
+    "from conrad_engine.server.server import Life; import logging; logging.basicConfig(level='INFO');"
+    "folder, devices, pipeline, parent, idle = sys.argv[1:];"
+    "serve(Options(Path(folder), devices=tuple(devices.split(',')), pipeline=pipeline,"
+    " life=Life(int(parent) or None, float(idle) or None)))"
+)
+
+
+class Engine:
+    """An engine process on a data folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        devices: str = "cpu",
+        pipeline: str = "toy_pipeline",
+        parent_pid: int = 0,
+        idle_timeout_s: float = 0,
+    ) -> None:
+        self.folder = folder
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        arguments = [str(folder), devices, pipeline, str(parent_pid), str(idle_timeout_s)]
+        folder.mkdir(exist_ok=True)
+        self.log = folder.parent / f"{folder.name}.log"
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", START, *arguments],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the engine did not start: {self.log.read_text()}")
+        self.connection = Connection.from_json(line)
+
+    def client(self, name: str = "test") -> EngineClient:
+        return EngineClient(self.connection.endpoint, self.connection.token, name=name)
+
+    def kill(self) -> None:
+        """kill -9, as nothing else is as sudden."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(15)
+        self.process.stdout.close()
+        return code
+
+    def worker_pids(self) -> list[int]:
+        """Processes that this engine has started."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children]
+
+
+@contextmanager
+def running(folder: Path, **options):
+    engine = Engine(folder, **options)
+    try:
+        yield engine
+    finally:
+        if engine.process.poll() is None:
+            engine.stop()
+
+
+def picture(width: int = 8, height: int = 6) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 100, 50)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def toy_job(steps: int = 20, behavior: str = "{}", **fields) -> Submit:
+    fields = {"texture_size": 64, "n_faces": 100, **fields}
+    return Submit(new_job_id(), "toy", picture(), prompt=behavior, overrides={"optimize.n_steps": steps}, **fields)
+
+
+def until(client: EngineClient, is_true: Callable[[], object], within_s: float = 15.0) -> list:
+    """Poll until something holds; every message that came in meanwhile."""
+    messages, end_s = [], time.monotonic() + within_s
+    while not is_true():
+        messages += client.poll(timeout_s=0.02)
+        assert time.monotonic() < end_s, f"not within {within_s} s; last messages: {messages[-5:]}"
+    return messages
+
+
+__all__ = ["CONNECTION_FILE", "Engine", "picture", "running", "toy_job", "until"]

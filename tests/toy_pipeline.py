@@ -1,0 +1,132 @@
+"""A pipeline that counts instead of optimising, with the interface of `conrad_engine.pipeline` and none of its weight.
+
+Its state is a number that every step changes in a way that depends on all steps before, so that a result shows whether
+steps were lost or done twice. The prompt is JSON that says how it behaves:
+    delay_s (per step), checkpoint_every, crash_at (ends the process at this step), hang_at, error, n_faces, texture_size
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conrad_engine.errors import Cancelled, InputError
+from conrad_engine.files import write_atomic
+from conrad_engine.monitor import Command, Monitor, Progress
+from conrad_engine.server.worker_messages import WorkerReady
+
+
+@dataclass(frozen=True)
+class Job:
+    picture: bytes
+    config: Any
+    mask: bytes | None = None
+    depth: bytes | None = None
+    depth_kind: str = "relative"
+    camera: dict | None = None
+    init_mesh: Any = None
+    name: str = "object"
+
+
+@dataclass(frozen=True)
+class ToyMesh:
+    vertices: np.ndarray
+    faces: np.ndarray
+    uvs: np.ndarray
+    normals: np.ndarray
+    texture: np.ndarray
+
+
+@dataclass(frozen=True)
+class JobResult:
+    mesh: ToyMesh
+    glb: Path
+    metrics: dict = field(default_factory=dict)
+
+
+def describe_device(name: str) -> WorkerReady:
+    return WorkerReady(f"toy: {name}", 1, 1000, 2000, ("embedded",))
+
+
+def advance(value: int, step: int) -> int:
+    return (value * 1103515245 + step + 12345) % 2**31
+
+
+def expected_value(n_steps: int) -> int:
+    """The state after an undisturbed run."""
+    value = 1
+    for step in range(1, n_steps + 1):
+        value = advance(value, step)
+    return value
+
+
+def generate(job: Job, folder: Path, monitor: Monitor) -> JobResult:
+    behavior = json.loads(job.config.prompt or "{}")
+    n_steps = job.config.optimize.n_steps
+    checkpoint = folder / "checkpoint.json"
+    step, value = json.loads(checkpoint.read_text()) if checkpoint.exists() else (0, 1)
+    monitor.progress(Progress("prepare", 0, 1))
+    if "error" in behavior:
+        _raise(behavior["error"])
+    while step < n_steps:
+        command = monitor.command()
+        while command is Command.PAUSE:
+            _show(monitor)
+            time.sleep(0.01)
+            command = monitor.command()
+        if command is Command.CANCEL:
+            write_atomic(checkpoint, json.dumps([step, value]).encode())
+            raise Cancelled("stopped")
+        if command is Command.KEEP:
+            break
+        step += 1
+        value = advance(value, step)
+        _misbehave(behavior, step)
+        time.sleep(behavior.get("delay_s", 0.0))
+        monitor.progress(
+            Progress("optimize", step, n_steps, (n_steps - step) * 0.01, {"fit": 1 / step, "bad": float("nan")})
+        )
+        _show(monitor)
+        if step % behavior.get("checkpoint_every", 10) == 0:
+            write_atomic(checkpoint, json.dumps([step, value]).encode())
+    write_atomic(checkpoint, json.dumps([step, value]).encode())
+    (folder / "mesh.glb").write_bytes(b"glTF" + bytes(job.config.mesh.n_faces))
+    metrics = {"value": value, "steps": step, "nested": {"psnr": 30.0, "worst": float("inf")}, "views": [1, 2]}
+    return JobResult(_mesh(job.config.mesh.n_faces, job.config.mesh.texture_size), folder / "mesh.glb", metrics)
+
+
+def _raise(kind: str) -> None:
+    if kind == "input":
+        raise InputError("the picture shows no object; send another one")
+    if kind == "disk_full":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    raise RuntimeError("a mistake")
+
+
+def _misbehave(behavior: dict, step: int) -> None:
+    if behavior.get("crash_at") == step:
+        os._exit(9)
+    while behavior.get("hang_at") == step:
+        time.sleep(1)
+
+
+def _show(monitor: Monitor) -> None:
+    camera = monitor.preview_camera()
+    if camera is not None:
+        monitor.preview(np.full((camera.height, camera.width, 4), 128, np.uint8), camera)
+
+
+def _mesh(n_faces: int, texture_size: int) -> ToyMesh:
+    n_vertices = n_faces // 2 + 2
+    generator = np.random.default_rng(0)
+    numbers = generator.random((n_vertices, 8), np.float32)
+    faces = generator.integers(0, n_vertices, (n_faces, 3), dtype=np.int32)
+    texture = generator.integers(0, 256, (texture_size, texture_size, 3), dtype=np.uint8)
+    return ToyMesh(numbers[:, :3], faces, numbers[:, 3:5], numbers[:, 5:8], texture)
