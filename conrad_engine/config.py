@@ -334,6 +334,48 @@ GUIDANCES: dict[str, type] = {
 
 
 @dataclass(frozen=True)
+class SeedingConfig:
+    """The models around the optimisation, each used only when asked for: a picture from text, an edit of the picture
+    first, its caption, its depth."""
+
+    text_to_image: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Any text-to-image model in diffusers layout."""
+    text_suffix: str = ", a single object, centered, whole object in the frame, plain white background"
+    """Added to the prompt, so that the object can be cut out of the picture."""
+    text_steps: int = 30
+    text_scale: float = 7.5
+    edit_method: str = "edict"
+    """edict (exact inversion of any Stable Diffusion 1.x or 2.x, `edit_model`), or instruct (an instruction model)."""
+    edit_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """For edict; it reads a description of the picture wanted."""
+    instruct_model: str = "timbrooks/instruct-pix2pix"
+    """For instruct; it reads what to change."""
+    edit_steps: int = 50
+    edit_scale: float = 3.0
+    """Classifier-free guidance of edict (arXiv:2211.12446, section 4.1); an instruction model takes text_scale."""
+    edit_strength: float = 0.8
+    """edict: how far the picture is taken back to noise; 1 is all the way."""
+    edict_mixing: float = 0.93
+    """edict: p of the coupled transformations (arXiv:2211.12446, section 3.2)."""
+    picture_scale: float = 1.5
+    """instruct: guidance by the picture (arXiv:2211.09800, section 3.2.1)."""
+    caption_model: str = "Salesforce/blip-image-captioning-base"
+    """Any image-to-text model of transformers."""
+    depth_model: str = "depth-anything/Depth-Anything-V2-Small-hf"
+    """Any depth-estimation model of transformers."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.edit_method in ("edict", "instruct"),
+            f"unknown edit method {self.edit_method!r}: use edict or instruct",
+        )
+        _check(0 < self.edit_strength <= 1, f"edit_strength must lie between 0 and 1, not {self.edit_strength:g}")
+        _check(0.5 < self.edict_mixing <= 1, f"edict_mixing must lie between 0.5 and 1, not {self.edict_mixing:g}")
+        _check(self.text_steps >= 1 and self.edit_steps >= 1, "text_steps and edit_steps must be at least 1")
+
+
+@dataclass(frozen=True)
 class OptimizeConfig:
     """The optimisation loop."""
 
@@ -422,6 +464,7 @@ class PipelineConfig:
     guidance: GuidanceConfig = field(default_factory=EmbeddedPriorConfig)
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    seeding: SeedingConfig = field(default_factory=SeedingConfig)
 
 
 def _preset(name: str, steps: OptimizeConfig, volume: FieldConfig, mesh: MeshConfig) -> PipelineConfig:

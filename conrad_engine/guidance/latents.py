@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import WeightsConfig
+from ..model_files import DTYPES, load_component, model_folder
 from .memory import MemoryPlan
-from .weights import DTYPES, load_component, model_folder
 
 Pictures = Float[Tensor, "n 3 height width"]
 TILE = 256

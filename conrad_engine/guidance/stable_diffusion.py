@@ -14,14 +14,14 @@ from .. import cameras as camera_math
 from ..cameras import Camera
 from ..config import StableDiffusionConfig, WeightsConfig
 from ..errors import GuidanceError, InputError
+from ..known_models import license_of
+from ..model_files import DTYPES, load_component, model_folder, require_diffusers, trusted_file, with_precision
 from . import sds
 from .distill import Denoiser, Distiller, NoiseSchedule
 from .interfaces import GuidanceResult, ReferencePicture
 from .latents import composited, load_latent_space
 from .memory import choose_plan
-from .models import license_of
 from .prompts import NEGATIVE_VIEWS, VIEWS, negative_weights, view_prompts, view_shares
-from .weights import DTYPES, load_component, model_folder, require_diffusers, trusted_file, with_precision
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 PARTS_XL = ("text_encoder_2", "tokenizer_2")

@@ -20,13 +20,8 @@ from .. import cameras as camera_math
 from ..cameras import Camera
 from ..config import REFERENCE_EXTENT, WeightsConfig, Zero123Config
 from ..errors import GuidanceError
-from . import sds
-from .distill import Denoiser, Distiller, NoiseSchedule
-from .interfaces import GuidanceResult, ReferencePicture
-from .latents import composited, load_latent_space, resized
-from .memory import choose_plan
-from .models import license_of
-from .weights import (
+from ..known_models import license_of
+from ..model_files import (
     DTYPES,
     list_files,
     load_component,
@@ -35,6 +30,11 @@ from .weights import (
     weight_files,
     with_precision,
 )
+from . import sds
+from .distill import Denoiser, Distiller, NoiseSchedule
+from .interfaces import GuidanceResult, ReferencePicture
+from .latents import composited, load_latent_space, resized
+from .memory import choose_plan
 
 PROJECTIONS = {"cc_projection": "projection", "clip_camera_projection": "proj"}
 """Names of the pose projection in the two published conversions to diffusers, and of its linear layer."""

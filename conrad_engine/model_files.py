@@ -1,4 +1,4 @@
-"""Finding the weights of a diffusers model and reading its components: hub ids, the hub's cache, local folders.
+"""Finding the weights of diffusers and transformers models and reading them: hub ids, the hub's cache, local folders.
 
 Weights are read from safetensors files. The older .bin files are pickles, which run code when opened; they are refused
 unless the settings say otherwise. Every model is first resolved to a folder, so that there is one way of reading.
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from ..config import WeightsConfig
-from ..errors import GuidanceError, MissingDependency
-from .models import HINTS, SUCCESSORS, license_of
+from .config import WeightsConfig
+from .errors import GuidanceError, MissingDependency
+from .known_models import HINTS, SUCCESSORS, license_of
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ WEIGHT_FILE = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+ALL = ("*",)
+"""Stands for every component that a model has."""
 NO_WEIGHTS = ("tokenizer", "scheduler", "feature_extractor", "image_processor", "processor")
 """Components that are text files only (by the start of their name)."""
 
@@ -81,6 +83,39 @@ def model_folder(
     return folder
 
 
+def pipeline_folder(model: str, weights: WeightsConfig) -> Path:
+    """The folder of a model of which every component is needed, whatever they are.
+
+    Raises:
+        GuidanceError: It cannot be found, or has no usable weights.
+    """
+    return model_folder(model, ALL, weights)
+
+
+def pipeline_options(folder: Path, weights: WeightsConfig) -> dict[str, Any]:
+    """What `from_pretrained` of a whole pipeline needs to read just the files that are wanted."""
+    files = list_files(folder)
+    chosen = [weight_files(files, name, weights) for name in components_of(files) if has_weights(files, name)]
+    kinds = {(match["variant"], match["kind"]) for names in chosen for name in names[:1] if (match := _parsed(name))}
+    variants = {variant for variant, _ in kinds}
+    # One variant only if every component has it; the library falls back on none by itself.
+    return {
+        "torch_dtype": DTYPES[weights.precision],
+        "variant": variants.pop() if len(variants) == 1 else None,
+        "use_safetensors": not any(kind == "bin" for _, kind in kinds),
+    }
+
+
+def components_of(files: list[str]) -> tuple[str, ...]:
+    """Subfolders of a model in diffusers layout that hold settings."""
+    return tuple(sorted({f.split("/")[0] for f in files if f.count("/") == 1 and f.endswith(".json")}))
+
+
+def has_weights(files: list[str], component: str) -> bool:
+    """Whether a component is a network rather than a tokenizer, a scheduler or a picture processor."""
+    return f"{component}/config.json" in files
+
+
 def trusted_file(path: str, weights: WeightsConfig) -> Path:
     """A single local weight file that may be opened.
 
@@ -105,6 +140,8 @@ class _Wanted:
     weights: WeightsConfig
 
     def present(self, files: list[str]) -> tuple[str, ...]:
+        if self.components == ALL:
+            return components_of(files)
         return self.components + tuple(name for name in self.optional if any(f.startswith(f"{name}/") for f in files))
 
     def unusable(self, files: list[str]) -> dict[str, str]:
@@ -182,15 +219,18 @@ def list_files(folder: Path) -> list[str]:
 
 def weight_files(files: list[str], component: str, weights: WeightsConfig) -> list[str]:
     """The weight files of a component to read: safetensors, the half-precision variant first unless float32 is asked for."""
-    prefix = f"{component}/" if component else ""
     found: dict[tuple[str, str], list[str]] = {}
     for file in files:
-        match = WEIGHT_FILE.fullmatch(file.removeprefix(prefix)) if file.startswith(prefix) else None
+        match = _parsed(file) if file.rpartition("/")[0] == component else None
         if match:
             found.setdefault((match["kind"], match["variant"] or ""), []).append(file)
     kinds = ("safetensors", "bin") if weights.allow_pickle else ("safetensors",)
     variants = ("", "fp16") if weights.precision == "float32" else ("fp16", "")
     return next((found[k, v] for k in kinds for v in variants if (k, v) in found), [])
+
+
+def _parsed(file: str) -> re.Match[str] | None:
+    return WEIGHT_FILE.fullmatch(file.rpartition("/")[2])
 
 
 def choose_files(files: list[str], components: tuple[str, ...], weights: WeightsConfig) -> list[str]:
@@ -239,7 +279,7 @@ def load_component(folder: Path, name: str, kind: type, dtype: torch.dtype, weig
         GuidanceError: Its files are damaged or of another network.
     """
     files = weight_files(list_files(folder), name, weights)
-    match = WEIGHT_FILE.fullmatch(Path(files[0]).name) if files else None
+    match = _parsed(files[0]) if files else None
     if match is None:
         raise GuidanceError(_refusal(str(folder), unusable(list_files(folder), (name,), weights)))
     from diffusers import ModelMixin

