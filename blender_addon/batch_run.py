@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -133,8 +134,8 @@ def _request(item: batch.Item, scene: bpy.types.Scene) -> tuple[Submit, Notes]:
     overrides = dict(own.get("overrides", {}))
     setup = own.get("camera") or (_scene_camera(path, scene) if settings.batch.use_scene_camera else {})
     if not setup:
-        overrides.setdefault("picture.elevation_deg", float(own.get("elevation_deg", settings.elevation_deg)))
-        overrides.setdefault("picture.fov_deg", float(own.get("fov_deg", settings.fov_deg)))
+        overrides.setdefault("picture.elevation_deg", float(own.get("elevation_deg", math.degrees(settings.elevation))))
+        overrides.setdefault("picture.fov_deg", float(own.get("fov_deg", math.degrees(settings.fov))))
     if settings.is_elevation_guess:
         overrides.setdefault("picture.is_elevation_known", False)
     index = current.items.index(item)

@@ -14,7 +14,6 @@ from . import scene_tools
 
 CAMERA_NAME, PROXY_NAME = "ConRad Reference", "ConRad Proxy"
 SENSOR_MM = 36.0
-ORBIT_FIELDS = ("azimuth_deg", "elevation_deg", "roll_deg", "distance")
 
 
 class CannotUseCamera(Exception):
@@ -115,9 +114,9 @@ def imagined_setup(settings: bpy.types.PropertyGroup, image: bpy.types.Image, lo
     """The camera of a job without a reference camera, from elevation and angle of view."""
     width, height = picture_size(image)
     center = np.array(location, np.float64) + [0, 0, settings.size / 2]
-    lens = cm.intrinsics(cm.Lens(cm.focal_mm(settings.fov_deg)), width, height)
-    pose = cm.orbit_pose(center, cm.Orbit(0.0, settings.elevation_deg, 1.0))
-    pose = cm.fitted_pose(pose, lens, center, settings.size, cm.central_box(width, height))
+    lens = cm.intrinsics(cm.Lens(cm.focal_mm(math.degrees(settings.fov))), width, height)
+    orbit = cm.Orbit(0.0, math.degrees(settings.elevation))
+    pose = cm.fitted_pose(orbit, lens, center, settings.size, cm.central_box(width, height))
     return cm.setup_json(pose, lens, width, height, center, settings.size)
 
 
@@ -210,7 +209,7 @@ def add_reference(
     width, height = picture_size(image)
     data = bpy.data.cameras.new(CAMERA_NAME)
     data.sensor_fit, data.sensor_width = "AUTO", SENSOR_MM
-    data.lens = cm.focal_mm(fov_deg if fov_deg is not None else settings.fov_deg, SENSOR_MM)
+    data.lens = cm.focal_mm(fov_deg if fov_deg is not None else math.degrees(settings.fov), SENSOR_MM)
     item = bpy.data.objects.new(CAMERA_NAME, data)
     scene_tools.link(item, scene)
     item.conrad.is_reference, item.conrad.is_own = True, True
@@ -218,7 +217,7 @@ def add_reference(
     item.conrad.proxy = make_proxy(settings.size, center, scene)
     set_background(item, image)
     if pose is None:
-        set_pose(item, cm.orbit_pose(np.array(center), cm.Orbit(0.0, settings.elevation_deg, 1.0)))
+        set_pose(item, cm.orbit_pose(np.array(center), cm.Orbit(0.0, math.degrees(settings.elevation), 1.0)))
         fit_to_picture(item, image)
     else:
         set_pose(item, pose)
@@ -250,7 +249,7 @@ def use_existing(item: bpy.types.Object, scene: bpy.types.Scene) -> None:
 
 
 def fit_to_picture(item: bpy.types.Object, image: bpy.types.Image) -> None:
-    """Move the camera, without turning it, until the proxy covers the object in the picture.
+    """Move and turn the camera, at the same orbit angles, until the proxy covers the object in the picture.
 
     Raises:
         CannotUseCamera: It has no proxy or is not a perspective camera.
@@ -258,7 +257,8 @@ def fit_to_picture(item: bpy.types.Object, image: bpy.types.Image) -> None:
     width, height = picture_size(image)
     center, size = target_of(item)
     box = outline_box(image) or cm.central_box(width, height)
-    set_pose(item, cm.fitted_pose(pose_of(item), cm.intrinsics(lens_of(item.data), width, height), center, size, box))
+    lens = cm.intrinsics(lens_of(item.data), width, height)
+    set_pose(item, cm.fitted_pose(cm.orbit_of(pose_of(item), center), lens, center, size, box))
 
 
 def outline_box(image: bpy.types.Image) -> tuple[float, float, float, float] | None:

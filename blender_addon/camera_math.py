@@ -7,13 +7,13 @@ Conventions are the engine's: camera axes +X right, +Y up, looking along -Z; pix
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 MAX_ELEVATION_DEG = 89.0
 FILL = 0.8
-"""Part of the picture's larger side that an object of unknown outline is taken to fill."""
+"""Part of the picture's smaller side that an object of unknown outline is taken to fill."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Orbit:
     elevation_deg: float = 10.0
     distance: float = 3.0
     roll_deg: float = 0.0
-    """Around the optical axis; positive turns the camera counterclockwise as seen from behind it."""
+    """Against the horizon, around the optical axis; positive turns the camera counterclockwise as seen from behind it."""
 
 
 def fit_side(sensor_fit: str, width: int, height: int) -> int:
@@ -87,86 +87,104 @@ def orbit_direction(azimuth_deg: float, elevation_deg: float) -> np.ndarray:
     return np.array([level * math.sin(azimuth), -level * math.cos(azimuth), math.sin(elevation)])
 
 
-def _look_rotation(azimuth_deg: float, elevation_deg: float) -> np.ndarray:
-    backward = orbit_direction(azimuth_deg, elevation_deg)
-    azimuth = math.radians(azimuth_deg)
-    right = np.array([math.cos(azimuth), math.sin(azimuth), 0.0])
-    return np.stack([right, np.cross(backward, right), backward], axis=1)
-
-
 def _roll_rotation(roll_deg: float) -> np.ndarray:
     cosine, sine = math.cos(math.radians(roll_deg)), math.sin(math.radians(roll_deg))
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
+
+
+def _level_rotation(yaw: float, pitch: float) -> np.ndarray:
+    """Camera axes without roll; yaw 0 looks along +Y, pitch 0 is level, radians."""
+    forward = np.array([-math.sin(yaw) * math.cos(pitch), math.cos(yaw) * math.cos(pitch), math.sin(pitch)])
+    right = np.array([math.cos(yaw), math.sin(yaw), 0.0])
+    return np.stack([right, np.cross(right, forward), -forward], axis=1)
+
+
+def _turned(direction: np.ndarray, ray: np.ndarray, roll_deg: float) -> np.ndarray:
+    """Camera axes with a given roll against the horizon that see a world direction along a ray of the camera.
+
+    With r the ray before the roll and the camera pitched by p, the direction's height is r_y cos p - r_z sin p.
+    """
+    r = _roll_rotation(roll_deg) @ ray
+    reach = math.hypot(r[1], r[2])
+    # Nearly straight above the target no level camera sees it so far aside; the nearest one is taken.
+    pitch = math.asin(float(np.clip(direction[2] / max(reach, 1e-9), -1, 1))) - math.atan2(r[1], -r[2])
+    ahead = -r[2] * math.cos(pitch) - r[1] * math.sin(pitch)
+    if math.hypot(direction[0], direction[1]) > 1e-9:
+        yaw = math.atan2(-direction[0], direction[1]) - math.atan2(-r[0], ahead)
+    else:
+        yaw = 0.0
+    return _level_rotation(yaw, pitch) @ _roll_rotation(roll_deg)
+
+
+def _roll_of(axes: np.ndarray) -> float:
+    """Degrees between the camera's right axis and the horizon."""
+    forward = -axes[:, 2]
+    level = np.array([forward[1], -forward[0], 0.0])
+    level = level / np.linalg.norm(level) if np.linalg.norm(level) > 1e-9 else np.array([1.0, 0.0, 0.0])
+    return math.degrees(math.atan2(axes[:, 0] @ np.cross(level, forward), axes[:, 0] @ level))
 
 
 def orbit_of(c2w: np.ndarray, target: np.ndarray) -> Orbit:
     """Where the camera stands around the target."""
     pose = rigid(c2w)
     offset = pose[:3, 3] - np.asarray(target, np.float64)
-    distance = float(np.linalg.norm(offset))
     direction = _unit(offset)
     elevation = math.degrees(math.asin(float(np.clip(direction[2], -1, 1))))
-    if math.hypot(direction[0], direction[1]) > 1e-9:
-        azimuth = math.degrees(math.atan2(direction[0], -direction[1]))
-    else:
-        azimuth = 0.0
-    turned = _look_rotation(azimuth, elevation).T @ pose[:3, :3]
-    roll = math.degrees(math.atan2(turned[1, 0], turned[0, 0]))
-    return Orbit(azimuth, elevation, distance, roll)
+    is_aside = math.hypot(direction[0], direction[1]) > 1e-9
+    azimuth = math.degrees(math.atan2(direction[0], -direction[1])) if is_aside else 0.0
+    return Orbit(azimuth, elevation, float(np.linalg.norm(offset)), _roll_of(pose[:3, :3]))
 
 
 def moved_on_orbit(c2w: np.ndarray, target: np.ndarray, orbit: Orbit) -> np.ndarray:
-    """The pose at another place of the orbit; what the camera looks beside the target (pan, tilt) stays as it is."""
+    """The pose at another place of the orbit, which sees the target at the same place of the picture."""
     pose, target = rigid(c2w), np.asarray(target, np.float64)
-    old = orbit_of(pose, target)
-    elevation = float(np.clip(orbit.elevation_deg, -MAX_ELEVATION_DEG, MAX_ELEVATION_DEG))
-    turned = _look_rotation(old.azimuth_deg, old.elevation_deg).T @ pose[:3, :3]
-    result = np.eye(4)
-    result[:3, :3] = (
-        _look_rotation(orbit.azimuth_deg, elevation) @ _roll_rotation(orbit.roll_deg - old.roll_deg) @ turned
-    )
-    result[:3, 3] = target + max(orbit.distance, 1e-6) * orbit_direction(orbit.azimuth_deg, elevation)
-    return result
+    ray = pose[:3, :3].T @ -_unit(pose[:3, 3] - target)
+    # A target behind the camera or far off its picture is looked straight at.
+    return _posed(target, orbit, ray if ray[2] < -0.2 else np.array([0.0, 0.0, -1.0]))
 
 
 def orbit_pose(target: np.ndarray, orbit: Orbit) -> np.ndarray:
     """The pose that looks straight at the target."""
+    return _posed(np.asarray(target, np.float64), orbit, np.array([0.0, 0.0, -1.0]))
+
+
+def _posed(target: np.ndarray, orbit: Orbit, ray: np.ndarray) -> np.ndarray:
+    elevation = float(np.clip(orbit.elevation_deg, -MAX_ELEVATION_DEG, MAX_ELEVATION_DEG))
+    away = orbit_direction(orbit.azimuth_deg, elevation)
     pose = np.eye(4)
-    pose[:3, :3] = _look_rotation(orbit.azimuth_deg, orbit.elevation_deg) @ _roll_rotation(orbit.roll_deg)
-    pose[:3, 3] = np.asarray(target, np.float64) + orbit.distance * orbit_direction(
-        orbit.azimuth_deg, orbit.elevation_deg
-    )
+    pose[:3, :3] = _turned(-away, ray, orbit.roll_deg)
+    pose[:3, 3] = target + max(orbit.distance, 1e-6) * away
     return pose
 
 
 def fitted_pose(
-    c2w: np.ndarray,
+    orbit: Orbit,
     camera: tuple[float, float, float, float],
     target: np.ndarray,
     size: float,
     box: tuple[float, float, float, float],
 ) -> np.ndarray:
-    """Move the camera, without turning it, until an object at `target` covers the box.
+    """The pose from which an object at `target` covers a box of the picture.
+
+    The camera turns and comes nearer or goes back, but its orbit angles and roll stay: an object beside the picture's
+    center was seen aside, not shifted.
 
     Args:
-        c2w: The camera's pose.
+        orbit: Where it stands; the distance is ignored.
         camera: fx, fy, cx, cy.
         target: The object's center.
         size: Its largest side.
         box: left, top, right, bottom of the object in the picture, pixels.
 
     Returns:
-        The pose from which the target lies at the box's center and `size` is as long as the box's larger side.
+        The pose that sees the target at the box's center, `size` as long as the box's larger side.
     """
     fx, fy, cx, cy = camera
     left, top, right, bottom = box
-    depth = max(fx * size / max(right - left, 1.0), 0.0)
-    depth = min(depth, fy * size / max(bottom - top, 1.0))
-    u, v = (left + right) / 2, (top + bottom) / 2
-    pose = rigid(c2w)
-    seen_at = np.array([(u - cx) / fx * depth, (cy - v) / fy * depth, -depth])
-    pose[:3, 3] = np.asarray(target, np.float64) - pose[:3, :3] @ seen_at
-    return pose
+    depth = min(fx * size / max(right - left, 1.0), fy * size / max(bottom - top, 1.0))
+    ray = np.array([((left + right) / 2 - cx) / fx, (cy - (top + bottom) / 2) / fy, -1.0])
+    distance = depth * float(np.linalg.norm(ray))
+    return _posed(np.asarray(target, np.float64), replace(orbit, distance=distance), _unit(ray))
 
 
 def central_box(width: int, height: int) -> tuple[float, float, float, float]:

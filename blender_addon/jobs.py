@@ -17,6 +17,7 @@ from .protocol import FINAL_STATES, JobState, Preview, Progress, Result
 
 ACTIVE_STATES = ("queued", "running", "paused")
 STAGE_NAMES = {
+    "decode": "Reading",
     "prepare": "Preparing",
     "warm_start": "First Shape",
     "optimize": "Optimizing",

@@ -125,7 +125,7 @@ class CONRAD_OT_use_camera(CameraOperator, bpy.types.Operator):
 class CONRAD_OT_fit_camera(CameraOperator, bpy.types.Operator):
     bl_idname = "conrad.fit_camera"
     bl_label = "Fit to Picture"
-    bl_description = "Move the camera until the proxy covers the object in the picture, without turning it"
+    bl_description = "Move the camera until the proxy covers the object in the picture, at the same orbit and elevation"
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         settings = context.scene.conrad
@@ -186,7 +186,7 @@ class CONRAD_OT_guess_elevation(CameraOperator, bpy.types.Operator):
         settings.is_elevation_guess = True
         item = settings.camera
         if item is None:
-            settings.elevation_deg = self.elevation_deg
+            settings.elevation = math.radians(self.elevation_deg)
             return {"FINISHED"}
         try:
             camera.set_orbit_value(item, "elevation_deg", self.elevation_deg)

@@ -33,6 +33,18 @@ def _step() -> bool:
     return running_setup is not None or running_check is not None
 
 
+def why_no_setup() -> str:
+    """The reason why the set-up cannot start, or nothing."""
+    chosen = preferences.get()
+    if running_setup is not None:
+        return "The set-up is running"
+    if chosen.is_offline:
+        return "" if chosen.find_links else "Choose the wheel folder to install from"
+    if not bpy.app.online_access:
+        return "Allow Online Access in Preferences > System, or install from a wheel folder only"
+    return ""
+
+
 class CONRAD_OT_set_up_engine(bpy.types.Operator):
     bl_idname = "conrad.set_up_engine"
     bl_label = "Set Up Engine"

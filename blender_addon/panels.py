@@ -72,24 +72,31 @@ def draw_state(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
     row.operator("conrad.show_preferences", text="", icon="PREFERENCES")
 
 
-def draw_setup(layout: bpy.types.UILayout) -> None:
-    """Set-up: its progress while it runs, else the button."""
+def draw_setup(layout: bpy.types.UILayout) -> str:
+    """Set-up: its progress while it runs, else the button.
+
+    Returns:
+        Why the button is grey, or nothing.
+    """
     running = operators_engine.running_setup
     if running is not None:
         factor, text = running.progress
         row = layout.row(align=True)
         row.progress(factor=factor, type="BAR", text=text)
         row.operator("conrad.cancel_setup", text="", icon="CANCEL")
-        return
+        return ""
     is_there = engine_setup.is_complete(preferences.setup_folder())
     layout.operator("conrad.set_up_engine", text="Set Up Engine Again" if is_there else "Set Up Engine", icon="IMPORT")
+    return operators_engine.why_no_setup()
 
 
 def draw_trouble(layout: bpy.types.UILayout, width: int) -> None:
     """What is wrong with the engine, and the ways out."""
     state = session_state()
     if state is State.NOT_SET_UP and not preferences.get().use_remote:
-        draw_setup(layout)
+        reason = draw_setup(layout)
+        if reason:
+            wrapped(layout, reason, width, "INFO")
     problems = [operators_engine.last_setup_error]
     if link.has_session():
         own = link.session()
@@ -269,8 +276,8 @@ class Camera(ConradPanel):
         column.operator("conrad.add_camera", icon="OUTLINER_OB_CAMERA")
         column.operator("conrad.camera_from_view", icon="RESTRICT_VIEW_OFF")
         column = layout.column(align=True)
-        column.prop(settings, "elevation_deg")
-        column.prop(settings, "fov_deg")
+        column.prop(settings, "elevation")
+        column.prop(settings, "fov")
         row = layout.row(align=True)
         row.prop(settings, "is_elevation_guess")
         row.menu("CONRAD_MT_elevations", text="", icon="DOWNARROW_HLT")
@@ -491,9 +498,11 @@ def draw_preferences(
     row.operator("conrad.open_log", text="", icon="TEXT")
     if not chosen.use_remote:
         row = box.row(align=True)
-        draw_setup(row)
+        reason = draw_setup(row)
         if operators_engine.running_setup is None:
             row.operator("conrad.check_engine", icon="VIEWZOOM")
+        if reason:
+            wrapped(box, reason, width, "INFO")
     draw_doctor(box, width)
     if operators_engine.last_setup_error:
         wrapped(box, operators_engine.last_setup_error, width, "ERROR")

@@ -12,7 +12,7 @@ import numpy as np
 from .protocol import Array
 
 PLAIN_FORMATS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"BM": "bmp"}
-MAX_FILE_BYTES = 200_000_000
+MAX_FILE_BYTES = 64 * 1024 * 1024
 
 
 class NoPicture(Exception):

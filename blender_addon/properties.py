@@ -6,6 +6,8 @@ locked to it always agree.
 
 from __future__ import annotations
 
+from math import degrees, radians
+
 import bpy
 from bpy.props import (
     BoolProperty,
@@ -121,22 +123,24 @@ class ConradSettings(bpy.types.PropertyGroup):
     )
     place: EnumProperty(name="Place", items=PLACES, default="CAMERA", description="Where the object goes")
     origin: EnumProperty(name="Origin", items=ORIGINS, default="BOTTOM", description="Where its origin lies")
-    elevation_deg: FloatProperty(
+    elevation: FloatProperty(
         name="Elevation",
-        default=10.0,
-        min=-60.0,
-        max=89.0,
-        description="Height of the camera above the object's horizon in degrees, while no reference camera is set",
+        default=radians(10.0),
+        min=radians(-60.0),
+        max=radians(89.0),
+        subtype="ANGLE",
+        description="Height of the camera above the object's horizon, while no reference camera is set",
     )
-    fov_deg: FloatProperty(
+    fov: FloatProperty(
         name="Angle of View",
-        default=40.0,
-        min=2.0,
-        max=120.0,
-        description="Of the picture's larger side in degrees, while no reference camera is set",
+        default=radians(40.0),
+        min=radians(2.0),
+        max=radians(120.0),
+        subtype="ANGLE",
+        description="Of the picture's larger side, while no reference camera is set",
     )
     is_elevation_guess: BoolProperty(
-        name="Elevation Is a Guess", description="Let the prior treat the elevation as uncertain"
+        name="Only a Guess", description="Let the prior treat the elevation as uncertain"
     )
     camera: PointerProperty(
         name="Camera",
@@ -174,7 +178,8 @@ def _orbit_getter(name: str):
     def get(settings: ConradObject) -> float:
         from . import camera
 
-        return camera.orbit_value(settings.id_data, name)
+        value = camera.orbit_value(settings.id_data, name)
+        return radians(value) if name.endswith("_deg") else value
 
     return get
 
@@ -183,7 +188,7 @@ def _orbit_setter(name: str):
     def set_(settings: ConradObject, value: float) -> None:
         from . import camera
 
-        camera.set_orbit_value(settings.id_data, name, value)
+        camera.set_orbit_value(settings.id_data, name, degrees(value) if name.endswith("_deg") else value)
 
     return set_
 
@@ -228,25 +233,28 @@ class ConradObject(bpy.types.PropertyGroup):
     proxy: PointerProperty(type=bpy.types.Object)
     azimuth: FloatProperty(
         name="Orbit",
-        description="Angle around the object in degrees; 0 looks at its front",
-        soft_min=-180.0,
-        soft_max=180.0,
+        description="Angle around the object; 0 looks at its front",
+        subtype="ANGLE",
+        soft_min=radians(-180.0),
+        soft_max=radians(180.0),
         get=_orbit_getter("azimuth_deg"),
         set=_orbit_setter("azimuth_deg"),
     )
     elevation: FloatProperty(
         name="Elevation",
-        description="Height above the object's horizon in degrees",
-        soft_min=-30.0,
-        soft_max=89.0,
+        description="Height above the object's horizon",
+        subtype="ANGLE",
+        soft_min=radians(-30.0),
+        soft_max=radians(89.0),
         get=_orbit_getter("elevation_deg"),
         set=_orbit_setter("elevation_deg"),
     )
     roll: FloatProperty(
         name="Roll",
-        description="Turn around the viewing axis in degrees",
-        soft_min=-45.0,
-        soft_max=45.0,
+        description="Turn around the viewing axis",
+        subtype="ANGLE",
+        soft_min=radians(-45.0),
+        soft_max=radians(45.0),
         get=_orbit_getter("roll_deg"),
         set=_orbit_setter("roll_deg"),
     )

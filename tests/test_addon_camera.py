@@ -32,21 +32,20 @@ def test_orbit_agrees_with_the_engine():
 
 
 @given(angles, elevations, angles, elevations, st.floats(-60, 60))
-def test_moving_on_the_orbit_keeps_pan_and_tilt(azimuth, elevation, new_azimuth, new_elevation, roll):
+def test_moving_on_the_orbit_keeps_the_target_in_its_place(azimuth, elevation, new_azimuth, new_elevation, roll):
     target = np.array([1.0, 2.0, 3.0])
-    pose = cm.orbit_pose(target, cm.Orbit(azimuth, elevation, 4.0, roll))
-    pan = cm.orbit_pose(np.zeros(3), cm.Orbit(4.0, 3.0, 1.0))[:3, :3] @ cm.orbit_pose(np.zeros(3), cm.Orbit())[:3, :3].T
-    pose[:3, :3] = pose[:3, :3] @ pan
-    before = cm.project(target[None], pose, (500, 500, 256, 256))[0]
-    moved = cm.moved_on_orbit(
-        pose, target, cm.Orbit(new_azimuth, new_elevation, 4.0, cm.orbit_of(pose, target).roll_deg)
-    )
-    after, depth = cm.project(target[None], moved, (500, 500, 256, 256))
-    assert np.allclose(before, after, atol=1e-6) and depth > 0
+    lens, box = (500, 500, 256, 256), (200, 260, 340, 330)
+    pose = cm.fitted_pose(cm.Orbit(azimuth, elevation, 1.0, roll), lens, target, 1.0, box)
+    before = cm.project(target[None], pose, lens)[0]
+    moved = cm.moved_on_orbit(pose, target, cm.Orbit(new_azimuth, new_elevation, 4.0, roll))
+    after, depth = cm.project(target[None], moved, lens)
+    assert np.allclose(before, after, atol=1e-4) and depth > 0
     back = cm.orbit_of(moved, target)
-    assert (back.azimuth_deg, back.elevation_deg) == (
+    assert (back.azimuth_deg, back.elevation_deg, back.roll_deg, back.distance) == (
         pytest.approx(new_azimuth, abs=1e-6),
         pytest.approx(new_elevation, abs=1e-6),
+        pytest.approx(roll, abs=1e-6),
+        pytest.approx(4.0),
     )
     assert np.linalg.det(moved[:3, :3]) == pytest.approx(1)
 
@@ -69,12 +68,16 @@ def test_focal_length_of_an_angle():
 def test_fitted_object_covers_the_box(left, top, right, bottom):
     target, size = np.array([0.0, 1.0, 0.5]), 0.8
     camera = (700.0, 700.0, 250.0, 300.0)
-    start = cm.orbit_pose(target, cm.Orbit(25.0, 15.0, 3.0, 5.0))
-    pose = cm.fitted_pose(start, camera, target, size, (left, top, right, bottom))
+    pose = cm.fitted_pose(cm.Orbit(25.0, 15.0, 3.0, 5.0), camera, target, size, (left, top, right, bottom))
     uv, depth = cm.project(target[None], pose, camera)
     assert np.allclose(uv[0], [(left + right) / 2, (top + bottom) / 2], atol=1e-6)
     assert camera[0] * size / depth[0] == pytest.approx(max(right - left, bottom - top))
-    assert np.allclose(pose[:3, :3], start[:3, :3])
+    orbit = cm.orbit_of(pose, target)
+    assert (orbit.azimuth_deg, orbit.elevation_deg, orbit.roll_deg) == (
+        pytest.approx(25),
+        pytest.approx(15),
+        pytest.approx(5),
+    )
 
 
 def test_box_of_a_mask():

@@ -93,9 +93,9 @@ def check_adding() -> None:
 def check_sliders() -> None:
     scene = bpy.context.scene
     own = scene.conrad.camera.conrad
-    for name, value in (("azimuth", 40.0), ("elevation", 35.0), ("roll", -7.0), ("distance", 3.5)):
+    for name, value in (("azimuth", 0.7), ("elevation", 0.6), ("roll", -0.12), ("distance", 3.5)):
         setattr(own, name, value)
-    for name, value in (("azimuth", 40.0), ("elevation", 35.0), ("roll", -7.0), ("distance", 3.5)):
+    for name, value in (("azimuth", 0.7), ("elevation", 0.6), ("roll", -0.12), ("distance", 3.5)):
         assert math.isclose(getattr(own, name), value, abs_tol=1e-3), (name, getattr(own, name))
     lens, distance = scene.conrad.camera.data.lens, own.distance
     own.perspective = lens * 2

@@ -195,7 +195,8 @@ def check_speed() -> None:
         started = time.perf_counter()
         item = importer.import_result(job, scene)
         seconds = time.perf_counter() - started
-        print(f"import of {len(item.data.polygons)} triangles, texture as {'file' if job.texture else 'pixels'}: {seconds:.2f} s")
+        way = "file" if job.texture else "pixels"
+        print(f"import of {len(item.data.polygons)} triangles, texture as {way}: {seconds:.2f} s")
 
 
 def run() -> None:
