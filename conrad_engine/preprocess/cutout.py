@@ -26,7 +26,7 @@ COARSE_SIDE = 256
 """Longest side at which the GrabCut starts compete."""
 PLAIN_SHARE = 0.75
 """Share of the border that has to fit the backdrop's color field."""
-LOOSE, NOISE_FACTOR, LOOSEST = 5.0, 4.0, 9.0
+LOOSE, NOISE_FACTOR, LOOSEST = 5.0, 6.0, 9.0
 """Color difference (CIE76) to the backdrop that still counts as backdrop: at least, times its noise, at most."""
 SHADOW_DARKEST = 0.4
 """Light left in the darkest shadow that is recognized; darker ones stay with the object."""
@@ -50,11 +50,8 @@ def cut_out(rgb: Rgb) -> tuple[Mask, str]:
     """
     work = _at_most(rgb, WORK_SIDE)
     lab = _lab(work)
-    backdrop, tolerance = fit_backdrop(lab)
-    if backdrop is None:
-        inside = busy_object(work)
-    else:
-        inside = plain_object(work, lab, backdrop, tolerance)
+    backdrop, noise = fit_backdrop(lab)
+    inside = busy_object(work) if backdrop is None else plain_object(lab, backdrop, noise)
     share = float(inside.mean())
     if not MIN_SHARE <= share <= MAX_SHARE:
         raise InputError(
@@ -65,7 +62,7 @@ def cut_out(rgb: Rgb) -> tuple[Mask, str]:
 
 
 def fit_backdrop(lab: Rgb) -> tuple[Rgb | None, float]:
-    """A smooth color field (quadratic in x and y) of the picture's border, and the tolerance that its noise asks for.
+    """A smooth color field (quadratic in x and y) of the picture's border, and how far its pixels scatter about it.
 
     Returns:
         None if too little of the border fits.
@@ -84,14 +81,20 @@ def fit_backdrop(lab: Rgb) -> tuple[Rgb | None, float]:
             return None, 0.0
         weights = np.linalg.lstsq(terms[fits], colors[fits], rcond=None)[0]
         errors = np.linalg.norm(colors - terms @ weights, axis=-1)
-        noise = 1.5 * float(np.median(errors[fits]))
-        tolerance = float(np.clip(NOISE_FACTOR * noise, LOOSE, LOOSEST))
-        fits = errors < tolerance
-    return (None, 0.0) if fits.mean() < PLAIN_SHARE else ((basis @ weights).astype(np.float32), tolerance)
+        noise = float(np.median(errors[fits]))
+        fits = errors < _tolerance(noise)
+    return (None, 0.0) if fits.mean() < PLAIN_SHARE else ((basis @ weights).astype(np.float32), noise)
 
 
-def plain_object(rgb: Rgb, lab: Rgb, backdrop: Rgb, tolerance: float) -> Region:
+def _tolerance(noise: float) -> float:
+    return float(np.clip(NOISE_FACTOR * noise, LOOSE, LOOSEST))
+
+
+def plain_object(lab: Rgb, backdrop: Rgb, noise: float) -> Region:
     """What differs from a plain backdrop, without soft shadows and with see-through holes."""
+    tolerance = _tolerance(noise)
+    # Grain has steps like an outline's; averaging what is about equal removes the one and keeps the other.
+    lab = cv2.bilateralFilter(lab, 9, 3 * noise + 1e-3, 3)
     edges = _edge_strength(lab)
     flat = edges < 0.4 * tolerance
     for _ in range(3):
@@ -100,7 +103,7 @@ def plain_object(rgb: Rgb, lab: Rgb, backdrop: Rgb, tolerance: float) -> Region:
         # The field was only known at the border; what the flood reached corrects it, also behind the object.
         backdrop = cv2.GaussianBlur(spread(lab, outside.astype(np.float32)), (0, 0), 3)
     matches = difference < tolerance
-    outside = _flooded(outside | (_soft_shadow(rgb, backdrop) & (edges < SHADOW_EDGE)), SHADOW_GAP)
+    outside = _flooded(outside | (_soft_shadow(lab, backdrop) & (edges < SHADOW_EDGE)), SHADOW_GAP)
     # The flood stops short of the outline, where the picture is no longer flat.
     outside |= cv2.dilate(outside.astype(np.uint8), _disk(3)).astype(bool) & matches
     return _tidy(~outside & ~_see_through(matches & ~outside, difference, tolerance))
@@ -113,9 +116,9 @@ def _flooded(passable: Region, radius: int) -> Region:
     return cv2.dilate(reached.astype(np.uint8), _disk(radius)).astype(bool) & passable
 
 
-def _soft_shadow(rgb: Rgb, backdrop: Rgb) -> Region:
+def _soft_shadow(lab: Rgb, backdrop: Rgb) -> Region:
     """Pixels that are the backdrop with less light: the same ratio in every channel."""
-    light, full_light = np.maximum(rgb, 1e-3) ** 2.2, np.maximum(_from_lab(backdrop), 1e-2) ** 2.2
+    light, full_light = np.maximum(_from_lab(lab), 1e-3) ** 2.2, np.maximum(_from_lab(backdrop), 1e-2) ** 2.2
     ratios = light / full_light
     level = ratios.mean(-1)
     same_hue = np.abs(ratios / level[..., None] - 1).max(-1) < 0.10
