@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conrad_engine.guidance.frozen_encoder import FrozenConv2d, PlainAttention, rewrite_encoder
+from conrad_engine.guidance.fused_norms import FusedGroupNorm, fuse_norms
+
+from .triton_interpreter import runnable_kernels
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def test_same_latents_and_same_gradient(autoencoder) -> None:
     pictures, weight = torch.rand(2, 3, 48, 48) * 2 - 1, torch.randn(2, 4, 24, 24)
     expected, actual = (latents_and_gradient(vae, pictures, weight) for vae in (autoencoder, rewritten))
     for one, other in zip(actual, expected):
-        assert float((one - other).norm() / other.norm()) < 1e-5
+        assert float((one - other).norm().detach() / other.norm().detach()) < 1e-5
 
 
 @pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (3, 1), (3, 0), (5, 2)])
@@ -53,3 +59,87 @@ def test_convolution_of_any_padding(kernel: int, padding: int) -> None:
     torch.testing.assert_close(frozen(x), conv(x))
     weight = torch.randn_like(conv(x))
     torch.testing.assert_close(*(torch.autograd.grad(layer(x), x, weight)[0] for layer in (frozen, conv)))
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[ModuleType]:
+    with runnable_kernels("conrad_engine.guidance.group_norm_triton") as module:
+        yield module
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape", [(2, 40, 5, 7), (1, 64, 24, 23)], ids=["ten channels a group", "several chunks"])
+def test_group_norm_equals_the_library(
+    kernels: ModuleType, shape: tuple[int, ...], silu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "TILE", 1024)
+    monkeypatch.setattr(kernels, "MAX_CHUNKS", 6)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=generator) * 2 + 1).to(device).contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(shape[1], generator=generator).to(device) for _ in range(2))
+    gradient = torch.randn(shape, generator=generator).to(device)
+    expected_x, actual_x = x.double().requires_grad_(), x.clone().requires_grad_()
+    expected = F.group_norm(expected_x, 4, weight.double(), bias.double(), 1e-5)
+    expected = F.silu(expected) if silu else expected
+    expected.backward(gradient.double())
+    actual = kernels.group_norm(actual_x, weight, bias, 4, 1e-5, silu)
+    actual.backward(gradient)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual_x.grad.double(), expected_x.grad, rtol=1e-4, atol=1e-5)
+
+
+def fused_norms(network: torch.nn.Module) -> list[bool]:
+    """Whether SiLU is part of each, by the order of modules."""
+    return [module.silu for module in network.modules() if isinstance(module, FusedGroupNorm)]
+
+
+def test_fused_norms_leave_the_encoder_as_it_was(autoencoder) -> None:
+    changed = copy.deepcopy(autoencoder)
+    rewrite_encoder(changed)
+    fuse_norms(changed.encoder)
+    norms = fused_norms(changed.encoder)
+    # Two a residual block, of which there are four, one at the end; and the attention's own.
+    assert norms.count(True) == 9 and norms.count(False) == 1
+    assert not any(isinstance(module, torch.nn.GroupNorm) for module in changed.encoder.modules())
+    pictures, weight = torch.rand(1, 3, 32, 32) * 2 - 1, torch.randn(1, 4, 16, 16)
+    expected, actual = (latents_and_gradient(vae, pictures, weight) for vae in (autoencoder, changed))
+    for one, other in zip(actual, expected):
+        assert float((one - other).norm().detach() / other.norm().detach()) < 1e-5
+
+
+def test_fused_norms_leave_the_unet_as_it_was() -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    )
+    unet.eval().requires_grad_(False)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([20, 700]), torch.randn(2, 3, 16)
+    expected = unet(*inputs).sample
+    fuse_norms(unet)
+    assert True in fused_norms(unet) and False in fused_norms(unet)
+    torch.testing.assert_close(unet(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_rewrites_on_a_gpu(autoencoder) -> None:
+    plain = autoencoder.cuda()
+    changed = copy.deepcopy(plain)
+    rewrite_encoder(changed)
+    fuse_norms(changed.encoder)
+    changed = changed.half().to(memory_format=torch.channels_last)
+    pictures = torch.rand(1, 3, 64, 64, device="cuda") * 2 - 1
+    weight = torch.randn(1, 4, 32, 32, device="cuda")
+    _, expected = latents_and_gradient(plain, pictures, weight)
+    turned = pictures.half().contiguous(memory_format=torch.channels_last)
+    _, actual = latents_and_gradient(changed, turned, weight.half())
+    assert float((actual.float() - expected).norm() / expected.norm()) < 2e-2

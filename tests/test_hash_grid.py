@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import sys
@@ -18,6 +17,8 @@ from conrad_engine.config import FieldConfig
 from conrad_engine.errors import InputError
 from conrad_engine.fields import hash_grid
 from conrad_engine.fields.hash_grid import HashGrid, encode, grid_levels
+
+from .triton_interpreter import import_anew, runnable_kernels
 
 SMALL = FieldConfig(n_levels=5, log2_table=9, base_resolution=4, max_resolution=64)
 """Two dense levels, three hashed ones."""
@@ -243,25 +244,13 @@ def test_tinycudann_is_called_with_our_parameter(warnings, monkeypatch: pytest.M
     assert not warnings.records
 
 
-def import_kernels() -> types.ModuleType:
-    """The kernels' module anew: whether Triton interprets or compiles is decided while Triton itself is imported."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    for name in list(sys.modules):
-        if name.split(".")[0] == "triton" and not name.startswith("triton._C") or name.endswith("hash_grid_triton"):
-            del sys.modules[name]
-    return importlib.import_module("conrad_engine.fields.hash_grid_triton")
+MODULE = "conrad_engine.fields.hash_grid_triton"
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[types.ModuleType]:
-    """The Triton kernels: compiled on a GPU, interpreted elsewhere."""
-    if torch.cuda.is_available():
-        yield import_kernels()
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield import_kernels()
-    import_kernels()
+    with runnable_kernels(MODULE) as module:
+        yield module
 
 
 @pytest.mark.parametrize(
@@ -307,7 +296,7 @@ def test_triton_takes_positions_of_any_strides_and_none_at_all(kernels: types.Mo
 def test_triton_kernels_compile_for_hopper_with_vector_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles without a GPU. Two scalar atomics in place of one vector atomic would double the backward pass."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    kernels = import_kernels()
+    kernels = import_anew(MODULE)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
