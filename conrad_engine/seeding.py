@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import SeedingConfig, StableDiffusionConfig, WeightsConfig
 from .errors import GuidanceError, InputError
 from .guidance import edict
-from .guidance.sds import guided, prediction_to_noise
+from .guidance.sds import guided
 from .model_files import model_folder, pipeline_folder, pipeline_options, require_diffusers, with_precision
 
 PictureArray = UInt8[ndarray, "height width 3"]
@@ -130,20 +130,13 @@ class EdictEditor:
         return _to_bytes(self.space.decode(((x + y) / 2).float())[0].permute(1, 2, 0).cpu().numpy())
 
     def predictor(self, prompt: str) -> edict.Predict:
-        """Noise predictions under a prompt, in float64 outside of the network."""
-        text = self.prior._encode_text(["", prompt])
+        """Noise predictions under a prompt. Their precision does not matter, only that the same input gives the same."""
+        text = self.prior.encode_text(["", prompt])
 
         def predict(latents: Tensor, timestep: int) -> Tensor:
-            timesteps = torch.full((2,), timestep, device=self.device)
-            answer = self.prior.unet(
-                latents.repeat(2, 1, 1, 1).to(self.prior.unet.dtype),
-                timesteps,
-                encoder_hidden_states=text.tokens,
-                return_dict=False,
-            )[0].double()
-            noisy, alphas = latents.repeat(2, 1, 1, 1), self.schedule.alphas_cumprod[timesteps].double()
-            plain, own = prediction_to_noise(answer, noisy, alphas, self.schedule.prediction_type).chunk(2)
-            return guided(plain, own, self.config.edit_scale)
+            timesteps = torch.full((1,), timestep, device=self.device)
+            plain, own = self.prior.distiller.ask(latents, timesteps, text.tokens)
+            return guided(plain, own, self.config.edit_scale).double()
 
         return predict
 

@@ -12,6 +12,7 @@ from conrad_engine.cameras import orbit_camera
 from conrad_engine.config import StableDiffusionConfig, WeightsConfig
 from conrad_engine.errors import GuidanceError, InputError
 from conrad_engine.guidance import make_guidance, sds
+from conrad_engine.guidance.frozen_encoder import rewrite_encoder
 from conrad_engine.guidance.interfaces import ReferencePicture
 from conrad_engine.guidance.prompts import view_shares
 
@@ -129,7 +130,7 @@ def test_xl_keeps_its_autoencoder_in_float32(tmp_path):
     weights = WeightsConfig(precision="float16", memory="8")
     guidance = make_guidance(StableDiffusionConfig(model=str(folder), weights=weights), CPU)
     assert guidance.distiller.space.vae.dtype == torch.float32
-    assert guidance.unet.dtype == torch.float16
+    assert guidance.distiller.network.dtype == torch.float16
     assert guidance.pipeline.text_encoder.dtype == torch.float32, "it stays on the CPU with this preset"
 
 
@@ -139,7 +140,7 @@ def test_scale_one_is_the_conditional_prediction(folder):
     noisy, timesteps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([400, 30])
     shares = torch.cat([torch.zeros(2, 1), view_shares(azimuth, elevation)], 1)
     own = guidance.text.mixed(shares, sees_picture=True)
-    guided = guidance._denoiser(azimuth, elevation).guided(noisy, timesteps, slice(0, 2))
+    guided = guidance._denoiser(orbit_camera(azimuth, elevation, 2.0, 0.7, 32)).guided(noisy, timesteps, slice(0, 2))
     torch.testing.assert_close(guided, guidance._ask(noisy, timesteps, [own], slice(0, 2))[0], atol=1e-5, rtol=1e-4)
 
 
@@ -148,7 +149,7 @@ def test_prompts_change_with_the_view_and_only_then(folder):
         guidance = make_guidance(config, CPU)
         guidance.set_reference(reference())
         rgba = views_rgba()[:1].repeat(len(azimuths), 1, 1, 1)
-        denoiser = guidance._denoiser(torch.tensor(azimuths), torch.zeros(len(azimuths)))
+        denoiser = guidance._denoiser(orbit_camera(torch.tensor(azimuths), 0.0, 2.0, 0.7, 32))
         noisy = torch.ones(len(azimuths), 4, 8, 8)
         return denoiser.guided(noisy, torch.full((len(rgba),), 500), slice(0, len(rgba)))
 
@@ -172,7 +173,7 @@ def test_ism_is_its_formula(folder):
         model=str(folder), objective="ism", ism_steps=1, ism_interval=0.1, perp_neg=False, schedule="deterministic"
     )
     guidance, result = gradient_of(config)
-    denoiser = guidance._denoiser(torch.tensor([0.2]), torch.tensor([0.0]))
+    denoiser = guidance._denoiser(VIEWS[:1])
     times = result.notes["time_low"], result.notes["time_high"]
     draws = guidance.distiller._draw(views_rgba()[:1], *times, torch.Generator().manual_seed(0), False)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -195,7 +196,7 @@ def test_ism_is_its_formula(folder):
 
 def test_the_ip_adapter_shows_the_picture(folder, tmp_path):
     guidance = make_guidance(StableDiffusionConfig(model=str(folder)), CPU)
-    adapter = tiny.write_ip_adapter(tmp_path / "adapter", guidance.unet)
+    adapter = tiny.write_ip_adapter(tmp_path / "adapter", guidance.distiller.network)
     config = StableDiffusionConfig(model=str(folder), ip_adapter=str(adapter))
     first, second = (gradient_of(config, reference(seed=seed))[1].gradient for seed in (1, 9))
     assert (first - second).abs().max() > 1e-3 * first.abs().max(), "another picture, another gradient"
@@ -209,7 +210,7 @@ def test_the_ip_adapter_shows_the_picture(folder, tmp_path):
 
 def test_an_adapter_with_pickles_is_refused(folder, tmp_path):
     adapter = tiny.write_ip_adapter(
-        tmp_path / "adapter", make_guidance(StableDiffusionConfig(model=str(folder)), CPU).unet
+        tmp_path / "adapter", make_guidance(StableDiffusionConfig(model=str(folder)), CPU).distiller.network
     )
     file = adapter / "models" / "ip-adapter_sd15.safetensors"
     file.rename(file.with_suffix(".bin"))
@@ -295,7 +296,7 @@ def test_sds_on_the_real_stack_moves_a_picture_to_the_denoisers_mean(folder):
             a = alphas[timesteps].reshape(-1, 1, 1, 1)
             return ((sample - a.sqrt() * mean) / (1 - a).sqrt(),)
 
-    guidance.unet = Exact()
+    guidance.distiller.network = Exact()
     picture = torch.cat([torch.full((1, 3, 64, 64), 0.5), torch.ones(1, 1, 64, 64)], 1)
     camera = VIEWS[:1]
     before = (guidance.distiller.space.encode(picture[:, :3]) - mean).norm()
@@ -336,3 +337,45 @@ def test_sds_and_math_agree_on_the_weighting(folder):
     _, weighted = gradient_of(StableDiffusionConfig(**base, weighting="fantasia3d", strength=3.0))
     close(weighted.gradient, plain.gradient * float(weight) * 3)
     assert math.isfinite(float(plain.loss))
+
+
+@pytest.mark.parametrize("preset", ["24", "6"])
+def test_the_rewritten_encoder_gives_the_same_gradient(folder, preset):
+    """As it is used on a GPU, here on the CPU."""
+    config = StableDiffusionConfig(model=str(folder), weights=WeightsConfig(memory=preset))
+    guidance, plain = gradient_of(config)
+    rewrite_encoder(guidance.distiller.space.vae)
+    again = guidance.gradient(views_rgba(), VIEWS, 0.4, torch.Generator().manual_seed(3))
+    close(again.gradient, plain.gradient)
+
+
+def test_a_step_follows_its_inputs_whatever_their_shape(folder):
+    """Fewer views, another size, another reference: nothing of an earlier step is kept."""
+    guidance, _ = gradient_of(StableDiffusionConfig(model=str(folder)))
+    guidance.set_reference(reference("a blue car"))
+    fewer = guidance.gradient(views_rgba()[:1], VIEWS[:1], 0.4, torch.Generator().manual_seed(3)).gradient
+    other = make_guidance(StableDiffusionConfig(model=str(folder)), CPU)
+    other.set_reference(reference("a blue car"))
+    torch.testing.assert_close(
+        fewer, other.gradient(views_rgba()[:1], VIEWS[:1], 0.4, torch.Generator().manual_seed(3)).gradient
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("objective", ["sds", "ism"])
+def test_a_captured_step_equals_a_plain_one(any_folder, objective):
+    device = torch.device("cuda")
+    weights = WeightsConfig(precision="float32", memory="24")
+    config = StableDiffusionConfig(model=str(any_folder), objective=objective, weights=weights)
+    guidance = make_guidance(config, device)
+    guidance.set_reference(reference())
+    plain = make_guidance(config, CPU)
+    plain.set_reference(reference())
+    for seed in range(6):
+        rgba, progress = views_rgba(seed), seed / 6
+        expected = plain.gradient(rgba, VIEWS, progress, torch.Generator().manual_seed(seed)).gradient
+        found = guidance.gradient(rgba.to(device), VIEWS.to(device), progress, torch.Generator().manual_seed(seed))
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found.gradient.cpu(), expected, atol=1e-2 * scale, rtol=1e-2)
+    assert guidance.distiller._graphed.is_captured

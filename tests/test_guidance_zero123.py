@@ -191,7 +191,7 @@ def test_the_scale_one_needs_no_unconditional_answer(folder, reference):
     guidance.set_reference(reference)
     tokens = guidance._tokens(VIEWS)
     noisy, timesteps = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500, 20, 900])
-    guided = guidance._denoiser(tokens).guided(noisy, timesteps, slice(0, 3))
+    guided = guidance._denoiser(VIEWS).guided(noisy, timesteps, slice(0, 3))
     torch.testing.assert_close(guided, guidance._ask(noisy, timesteps, tokens, [True])[0], atol=1e-5, rtol=1e-4)
 
 
@@ -246,7 +246,7 @@ def test_running_out_of_memory_steps_down_and_repeats_the_step(folder, reference
     guidance = make_guidance(Zero123Config(model=str(folder), weights=WeightsConfig(memory="24")), CPU)
     guidance.set_reference(reference)
     expected = guidance.gradient(views_rgba(), VIEWS, 0.2, torch.Generator().manual_seed(0)).gradient
-    network, n_views = guidance.unet, []
+    network, n_views = guidance.distiller.network, []
 
     class Limited(torch.nn.Module):
         """Holds two samples at most: one view with both branches."""
@@ -257,7 +257,7 @@ def test_running_out_of_memory_steps_down_and_repeats_the_step(folder, reference
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return network(sample, *args, **kwargs)
 
-    guidance.unet = Limited()
+    guidance.distiller.network = Limited()
     result = guidance.gradient(views_rgba(), VIEWS, 0.2, torch.Generator().manual_seed(0)).gradient
     assert n_views == [6, 6, 2, 2, 2]
     assert guidance.distiller.plan.name == "8"
@@ -272,7 +272,7 @@ def test_the_last_preset_passes_the_error_on(folder, reference):
         def forward(self, *args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    guidance.unet = Full()
+    guidance.distiller.network = Full()
     with pytest.raises(torch.OutOfMemoryError):
         guidance.gradient(views_rgba(), VIEWS, 0.2)
     assert guidance.distiller.plan.name == "least"

@@ -6,12 +6,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..cameras import Camera
 from ..config import StableDiffusionConfig, Zero123Config
+from ..graphs import GraphedStep
 from . import sds
 from .interfaces import GuidanceResult
 from .latents import LatentSpace, composited, picture_gradient, resized
@@ -60,31 +63,47 @@ class _Draws:
 
 
 class Distiller:
-    """The part that Stable Diffusion and Zero123 have in common."""
+    """The part that Stable Diffusion and Zero123 have in common. On CUDA a step is captured in a graph."""
 
     def __init__(
         self,
         space: LatentSpace,
         schedule: NoiseSchedule,
+        network: Any,
+        denoiser_of: Callable[[Camera], Denoiser],
         config: StableDiffusionConfig | Zero123Config,
         plan: MemoryPlan,
         picture_size: int,
     ) -> None:
-        self.space, self.schedule, self.config, self.picture_size = space, schedule, config, picture_size
+        """
+        Args:
+            network: diffusers' UNet.
+            denoiser_of: The network conditioned on cameras. It may depend on nothing else that changes within a job.
+        """
+        self.space, self.schedule, self.network, self.denoiser_of = space, schedule, network, denoiser_of
+        self.config, self.picture_size = config, picture_size
         self.shows_denoised = False
         """Set it to have the model's own pictures in the results; costs a decoding a view."""
+        self._graphed = GraphedStep(self._step, schedule.alphas_cumprod.device)
+        self._signature: tuple = ()
         self.use(plan)
 
     def use(self, plan: MemoryPlan) -> None:
+        """Work by another memory preset from now on."""
         self.plan = plan
         self.space.apply(plan)
+        self.forget()
+
+    def forget(self) -> None:
+        """Capture anew: something that a step depends on has changed."""
+        self._graphed.reset()
 
     def gradient(
         self,
         rgba: Float[Tensor, "n 4 height width"],
+        cameras: Camera,
         progress: float,
         generator: torch.Generator | None,
-        denoiser: Denoiser,
         white_background: bool,
     ) -> GuidanceResult:
         """Out of memory, the step is done again with the next smaller preset, and the following ones too.
@@ -98,18 +117,48 @@ class Distiller:
         draws = self._draw(rgba, low, high, generator, white_background)
         while True:
             try:
-                result = self._step(rgba, draws, denoiser)
-                break
-            except torch.OutOfMemoryError:
+                gradient, loss, denoised = self._run(rgba.detach(), cameras, draws)
+                return GuidanceResult(gradient, loss, denoised, {"time_low": low, "time_high": high})
+            except torch.cuda.OutOfMemoryError:
                 plan = smaller_plan(self.plan)
                 if plan is None:
                     raise
             # Outside the handler: the exception holds the failed step's tensors.
-            torch.cuda.empty_cache()
             log.warning("out of memory with preset %s; going on with preset %s", self.plan.name, plan.name)
             self.use(plan)
-        gradient, loss, denoised = result
-        return GuidanceResult(gradient, loss, denoised, {"time_low": low, "time_high": high})
+            torch.cuda.empty_cache()
+
+    def ask(
+        self,
+        noisy: Float[Tensor, "n 4 h w"],
+        timesteps: Int[Tensor, " n"],
+        tokens: Float[Tensor, "kn n_tokens width"],
+        concatenated: Float[Tensor, "kn c h w"] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> list[Float[Tensor, "n 4 h w"]]:
+        """Noise predictions of the network under k conditions, in one pass.
+
+        Args:
+            tokens: Conditions of all n views, one condition after the other.
+            concatenated: Further input channels.
+            extra: diffusers' `added_cond_kwargs`.
+        """
+        k = len(tokens) // len(noisy)
+        sample = noisy.repeat(k, 1, 1, 1)
+        if concatenated is not None:
+            sample = torch.cat([sample, concatenated], 1)
+        answer = self.network(
+            sample.to(tokens.dtype),
+            timesteps.repeat(k),
+            encoder_hidden_states=tokens,
+            added_cond_kwargs=extra,
+            return_dict=False,
+        )[0].float()
+        alphas = self.schedule.alphas_cumprod[timesteps]
+        return [
+            sds.prediction_to_noise(part, noisy.float(), alphas, self.schedule.prediction_type)
+            for part in answer.chunk(k)
+        ]
 
     def _draw(
         self, rgba: Tensor, low: float, high: float, generator: torch.Generator | None, white_background: bool
@@ -124,14 +173,40 @@ class Distiller:
         background = torch.ones_like(plain) if white_background else plain
         return _Draws(timesteps.to(rgba.device), noise.to(rgba.device), background.to(rgba.device))
 
-    def _step(self, rgba: Tensor, draws: _Draws, denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _run(self, rgba: Tensor, cameras: Camera, draws: _Draws) -> tuple[Tensor, Tensor, Tensor | None]:
+        inputs = (
+            rgba,
+            cameras.c2w.to(rgba),
+            cameras.intrinsics.to(rgba),
+            draws.timesteps,
+            draws.noise,
+            draws.background,
+        )
+        self._size = cameras.width, cameras.height
+        # A captured step is bound to its shapes, and within a larger capture there can be no other one.
+        if rgba.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._step(*inputs)
+        signature = (self._size, self.shows_denoised, *(tuple(tensor.shape) for tensor in inputs))
+        if signature != self._signature:
+            self._signature = signature
+            self.forget()
+        # The next call overwrites what a captured step returns.
+        gradient, loss, denoised = self._graphed(*inputs)
+        return gradient.clone(), loss.clone(), None if denoised is None else denoised.clone()
+
+    def _step(
+        self, rgba: Tensor, c2w: Tensor, intrinsics: Tensor, timesteps: Tensor, noise: Tensor, background: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One step as a function of tensors alone: what is captured."""
+        with torch.no_grad():
+            denoiser = self.denoiser_of(Camera(c2w, intrinsics, *self._size))
+        draws = _Draws(timesteps, noise, background)
         gradients, losses, pictures = [], [], []
         for start in range(0, len(rgba), self.plan.views_at_once):
             views = slice(start, min(start + self.plan.views_at_once, len(rgba)))
-            background = draws.background[views]
 
-            def to_latents(part: Tensor, background: Tensor = background) -> Tensor:
-                return self.space.encode(resized(composited(part, background), self.picture_size))
+            def to_latents(part: Tensor, views: slice = views) -> Tensor:
+                return self.space.encode(resized(composited(part, background[views]), self.picture_size))
 
             def latent_gradient(latents: Tensor, views: slice = views) -> Tensor:
                 gradient, clean = self._latent_gradient(latents, draws, denoiser, views)

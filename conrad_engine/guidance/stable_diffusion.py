@@ -19,7 +19,7 @@ from ..model_files import DTYPES, load_component, model_folder, require_diffuser
 from . import sds
 from .distill import Denoiser, Distiller, NoiseSchedule
 from .interfaces import GuidanceResult, ReferencePicture
-from .latents import composited, load_latent_space
+from .latents import composited, load_latent_space, on_device
 from .memory import choose_plan
 from .prompts import NEGATIVE_VIEWS, VIEWS, negative_weights, view_prompts, view_shares
 
@@ -51,22 +51,22 @@ class StableDiffusionGuidance:
         require_diffusers()
         self.config, self.device = config, device
         weights = with_precision(config.weights, device)
-        dtype = DTYPES[weights.precision]
+        self.dtype = DTYPES[weights.precision]
         plan = choose_plan(weights.memory, device)
         folder = model_folder(config.model, PARTS, weights, optional=PARTS_XL)
         self.license = license_of(config.model, folder)
         self.is_xl = is_xl(folder)
         space = load_latent_space(folder, weights, device)
         self.pipeline = _make_pipeline(folder, config, weights, space.vae, plan.keeps_encoders)
-        self.unet = self.pipeline.unet.to(device)
+        unet = on_device(self.pipeline.unet, device)
         if plan.keeps_encoders:
             self.pipeline.to(device)
-        self.picture_size = config.picture_size or int(self.unet.config.sample_size) * space.factor
+        self.picture_size = config.picture_size or int(unet.config.sample_size) * space.factor
         size = float(self.picture_size)
         # XL: original size, crop and target size of a picture of this very size, not cropped (arXiv:2307.01952, section 2.2).
-        self.time_ids = torch.tensor([[size, size, 0.0, 0.0, size, size]], device=device, dtype=dtype)
+        self.time_ids = torch.tensor([[size, size, 0.0, 0.0, size, size]], device=device, dtype=self.dtype)
         schedule = NoiseSchedule.read(folder, device)
-        self.distiller = Distiller(space, schedule, config, plan, self.picture_size)
+        self.distiller = Distiller(space, schedule, unet, self._denoiser, config, plan, self.picture_size)
         self.text: TextCondition | None = None
         self.image_prompts: list[Tensor] = []
 
@@ -83,9 +83,10 @@ class StableDiffusionGuidance:
                 "(guidance.ip_adapter)"
             )
         prompts = view_prompts(reference.prompt) if self.config.view_prompts else [reference.prompt] * len(VIEWS)
-        self.text = self._encode_text([self.config.negative_prompt, *prompts])
+        self.text = self.encode_text([self.config.negative_prompt, *prompts])
         if self.config.ip_adapter:
             self.image_prompts = self._encode_picture(reference)
+        self.distiller.forget()
 
     def gradient(
         self,
@@ -97,13 +98,12 @@ class StableDiffusionGuidance:
         """See `interfaces.Guidance`."""
         if self.text is None:
             raise ValueError("set_reference must be called before gradient")
-        azimuth, elevation, _ = camera_math.orbit_angles(cameras.positions.to(self.device))
-        white = self.config.background == "white"
-        return self.distiller.gradient(rgba, progress, generator, self._denoiser(azimuth, elevation), white)
+        return self.distiller.gradient(rgba, cameras, progress, generator, self.config.background == "white")
 
-    def _denoiser(self, azimuth: Tensor, elevation: Tensor) -> Denoiser:
+    def _denoiser(self, cameras: Camera) -> Denoiser:
         """Branches: the negative prompt, the view's own, and with Perp-Neg the views it must not be taken for."""
         assert self.text is not None
+        azimuth, elevation, _ = camera_math.orbit_angles(cameras.positions)
         n = len(azimuth)
         own = torch.cat([torch.zeros(n, 1, device=azimuth.device), view_shares(azimuth, elevation)], 1)
         plain = torch.zeros_like(own)
@@ -149,26 +149,17 @@ class StableDiffusionGuidance:
                 )
                 for prompt in self.image_prompts
             ]
-        answer = self.unet(
-            noisy.repeat(k, 1, 1, 1).to(self.unet.dtype),
-            timesteps.repeat(k),
-            encoder_hidden_states=torch.cat([branch.tokens[views] for branch in branches]),
-            added_cond_kwargs=extra or None,
-            return_dict=False,
-        )[0].float()
-        schedule = self.distiller.schedule
-        alphas = schedule.alphas_cumprod[timesteps]
-        return [
-            sds.prediction_to_noise(part, noisy.float(), alphas, schedule.prediction_type) for part in answer.chunk(k)
-        ]
+        tokens = torch.cat([branch.tokens[views] for branch in branches])
+        return self.distiller.ask(noisy, timesteps, tokens, extra=extra or None)
 
-    def _encode_text(self, prompts: list[str]) -> TextCondition:
+    def encode_text(self, prompts: list[str]) -> TextCondition:
+        """One row a prompt; the first one is the negative or empty prompt."""
         where = self.pipeline.text_encoder.device
         encoded = self.pipeline.encode_prompt(
             prompts, device=where, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        tokens = encoded[0].to(self.device, self.unet.dtype)
-        pooled = encoded[2].to(self.device, self.unet.dtype) if self.is_xl else None
+        tokens = encoded[0].to(self.device, self.dtype)
+        pooled = encoded[2].to(self.device, self.dtype) if self.is_xl else None
         if pooled is not None and not prompts[0]:
             # XL was trained with zeros, not with the encoding of an empty prompt.
             tokens[0], pooled[0] = 0, 0
@@ -183,7 +174,7 @@ class StableDiffusionGuidance:
         encoded = self.pipeline.prepare_ip_adapter_image_embeds(
             picture, None, self.pipeline.image_encoder.device, 1, do_classifier_free_guidance=False
         )
-        return [embeds.to(self.device, self.unet.dtype) for embeds in encoded]
+        return [embeds.to(self.device, self.dtype) for embeds in encoded]
 
 
 def _make_pipeline(

@@ -33,7 +33,7 @@ from ..model_files import (
 from . import sds
 from .distill import Denoiser, Distiller, NoiseSchedule
 from .interfaces import GuidanceResult, ReferencePicture
-from .latents import composited, load_latent_space, resized
+from .latents import composited, load_latent_space, on_device, resized
 from .memory import choose_plan
 
 PROJECTIONS = {"cc_projection": "projection", "clip_camera_projection": "proj"}
@@ -105,14 +105,15 @@ class Zero123Guidance:
                 f"the network of {config.model} takes {unet.config.in_channels} channels, Zero123's takes 8: this is another "
                 "kind of model"
             )
-        self.unet = unet.to(device)
+        unet = on_device(unet, device)
         encoder_dtype = self.dtype if plan.keeps_encoders else torch.float32
         encoder = load_component(folder, "image_encoder", CLIPVisionModelWithProjection, encoder_dtype, weights)
         self.image_encoder = encoder.to(device if plan.keeps_encoders else "cpu")
         self.projection = load_projection(folder, weights).to(device)
         space = load_latent_space(folder, weights, device)
         self.picture_size = int(unet.config.sample_size) * space.factor
-        self.distiller = Distiller(space, NoiseSchedule.read(folder, device), config, plan, self.picture_size)
+        schedule = NoiseSchedule.read(folder, device)
+        self.distiller = Distiller(space, schedule, unet, self._denoiser, config, plan, self.picture_size)
         self.reference: Camera | None = None
 
     @torch.no_grad()
@@ -127,6 +128,7 @@ class Zero123Guidance:
         self.embedding: Float[Tensor, "1 width"] = self.image_encoder(seen).image_embeds.float().to(self.device)
         self.latents: Float[Tensor, "1 4 h w"] = self.distiller.space.encode_unscaled(rgb)
         self.reference = reference.camera.to(self.device)
+        self.distiller.forget()
 
     def gradient(
         self,
@@ -138,17 +140,17 @@ class Zero123Guidance:
         """See `interfaces.Guidance`."""
         if self.reference is None:
             raise ValueError("set_reference must be called before gradient")
-        tokens = self._tokens(cameras.to(self.device))
-        return self.distiller.gradient(rgba, progress, generator, self._denoiser(tokens), white_background=True)
+        return self.distiller.gradient(rgba, cameras, progress, generator, white_background=True)
 
-    @torch.no_grad()
     def _tokens(self, cameras: Camera) -> Float[Tensor, "n 1 width"]:
         """The projection runs in float32: it is tiny, and angles lose their small differences in half precision."""
         poses = pose_vectors(self.reference, cameras, self.config.variant).float()
         joined = torch.cat([self.embedding.expand(len(poses), -1), poses], -1)
         return self.projection(joined)[:, None].to(self.dtype)
 
-    def _denoiser(self, tokens: Float[Tensor, "n 1 width"]) -> Denoiser:
+    def _denoiser(self, cameras: Camera) -> Denoiser:
+        tokens = self._tokens(cameras)
+
         def guided(noisy: Tensor, timesteps: Tensor, views: slice) -> Tensor:
             if self.distiller.plan.splits_guidance:
                 plain, own = (self._ask(noisy, timesteps, tokens[views], [seen])[0] for seen in (False, True))
@@ -165,21 +167,10 @@ class Zero123Guidance:
         self, noisy: Tensor, timesteps: Tensor, tokens: Float[Tensor, "n 1 width"], is_conditioned: list[bool]
     ) -> list[Float[Tensor, "n 4 h w"]]:
         """Noise predictions with both conditions, or with neither."""
-        k, n = len(is_conditioned), len(noisy)
-        seen = self.latents.expand(n, -1, -1, -1)
+        seen = self.latents.expand(len(noisy), -1, -1, -1)
         concatenated = torch.cat([seen if c else torch.zeros_like(seen) for c in is_conditioned])
         said = torch.cat([tokens if c else torch.zeros_like(tokens) for c in is_conditioned])
-        answer = self.unet(
-            torch.cat([noisy.repeat(k, 1, 1, 1), concatenated], 1).to(self.dtype),
-            timesteps.repeat(k),
-            encoder_hidden_states=said,
-            return_dict=False,
-        )[0].float()
-        schedule = self.distiller.schedule
-        alphas = schedule.alphas_cumprod[timesteps]
-        return [
-            sds.prediction_to_noise(part, noisy.float(), alphas, schedule.prediction_type) for part in answer.chunk(k)
-        ]
+        return self.distiller.ask(noisy, timesteps, said, concatenated)
 
 
 def load_projection(folder: Path, weights: WeightsConfig) -> nn.Linear:
