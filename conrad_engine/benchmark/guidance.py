@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..guidance.embedded.prior import fast_precision
 from ..guidance.frozen_encoder import rewrite_encoder
+from ..guidance.fused_norms import fuse_norms
 from .ceilings import Ceilings, count_flop, measure_ceilings
 from .networks import (
     SD15,
@@ -105,16 +106,16 @@ def _unet(report: Report, ceilings: Ceilings, model: LatentModel, compiles: bool
     expected = plain()
     report.time("plain", plain, floor_ms)
     report.time("plain, captured", plain, floor_ms, is_captured=True)
-    turned = unet_function(unet.to(memory_format=torch.channels_last), channels_last(inputs))
-    error = {"error": relative_error(turned(), expected)}
-    report.time("channels last", turned, floor_ms, error)
-    report.time("channels last, captured", turned, floor_ms, error, is_captured=True)
+    variants = [("channels last", unet.to(memory_format=torch.channels_last))]
+    variants.append(("channels last, fused norms", copy.deepcopy(unet)))
+    fuse_norms(variants[-1][1])
     if compiles:
-        compiled = torch.compile(unet, fullgraph=True, dynamic=False)
-        fast = unet_function(compiled, channels_last(inputs))
+        variants.append(("compiled", torch.compile(unet, fullgraph=True, dynamic=False)))
+    for name, network in variants:
+        fast = unet_function(network, channels_last(inputs))
         error = {"error": relative_error(fast(), expected)}
-        report.time("compiled", fast, floor_ms, error)
-        report.time("compiled, captured", fast, floor_ms, error, is_captured=True)
+        report.time(name, fast, floor_ms, error)
+        report.time(f"{name}, captured", fast, floor_ms, error, is_captured=True)
 
 
 def encoder_function(encode: Callable[[Tensor], Tensor], pictures: Tensor, weight: Tensor) -> Callable[[], Tensor]:
@@ -134,8 +135,6 @@ def _autoencoder(report: Report, ceilings: Ceilings, model: LatentModel, compile
     device, dtype = report.device, half(report.device)
     size = 64 if report.is_small else model.picture_size
     vae = make_autoencoder(device, dtype, report.is_small)
-    rewritten = copy.deepcopy(vae)
-    rewrite_encoder(rewritten)
     pictures = torch.rand(model.n_views, 3, size, size, device=device, dtype=dtype) * 2 - 1
     weight = torch.randn(model.n_views, 4, size // 8, size // 8, device=device, dtype=dtype)
     turned = pictures.to(memory_format=torch.channels_last)
@@ -149,17 +148,17 @@ def _autoencoder(report: Report, ceilings: Ceilings, model: LatentModel, compile
     expected = plain()
     report.time("plain", plain, floor_ms, n_calls=10)
     report.time("plain, captured", plain, floor_ms, is_captured=True)
-    encoder = Encoder(rewritten).to(memory_format=torch.channels_last)
-    fast = encoder_function(encoder, turned, weight)
-    error = {"error of the gradient": relative_error(fast(), expected)}
-    report.time("rewritten, channels last", fast, floor_ms, error)
-    report.time("rewritten, channels last, captured", fast, floor_ms, error, is_captured=True)
+    rewrite_encoder(vae)
+    encoder = Encoder(vae).to(memory_format=torch.channels_last)
+    variants = [("rewritten, channels last", encoder), ("rewritten, fused norms", copy.deepcopy(encoder))]
+    fuse_norms(variants[1][1])
     if compiles:
-        compiled = torch.compile(encoder, fullgraph=True, dynamic=False)
-        fastest = encoder_function(compiled, turned, weight)
-        error = {"error of the gradient": relative_error(fastest(), expected)}
-        report.time("rewritten, compiled", fastest, floor_ms, error)
-        report.time("rewritten, compiled, captured", fastest, floor_ms, error, is_captured=True)
+        variants.append(("rewritten, compiled", torch.compile(encoder, fullgraph=True, dynamic=False)))
+    for name, network in variants:
+        fast = encoder_function(network, turned, weight)
+        error = {"error of the gradient": relative_error(fast(), expected)}
+        report.time(name, fast, floor_ms, error)
+        report.time(f"{name}, captured", fast, floor_ms, error, is_captured=True)
     tiny = TinyEncoder(make_tiny_autoencoder(device, dtype)).to(memory_format=torch.channels_last)
     small = encoder_function(tiny, turned, weight)
     tiny_floor_ms = ceilings.floor_ms(flop=count_flop(small), dtype=dtype)

@@ -9,6 +9,7 @@ import torch
 
 from ..graphs import WARM_UP_CALLS, GraphedStep
 from ..guidance.frozen_encoder import rewrite_encoder
+from ..guidance.fused_norms import fuse_norms
 from .fields import PAPER_GRID, SMALL_GRID
 from .guidance import channels_last, half, unet_inputs
 from .networks import SD21, Encoder, TinyEncoder, make_autoencoder, make_tiny_autoencoder, make_unet
@@ -69,6 +70,8 @@ def _step(report: Report, uses_tiny: bool) -> int:
         encoder = Encoder(vae)
         del vae
     encoder.to(memory_format=torch.channels_last)
+    fuse_norms(encoder)
+    fuse_norms(unet)
     weights = torch.cuda.memory_allocated() - before
     inputs = channels_last(unet_inputs(SD21, device, dtype, small))
     picture_size, rays = (64, RaySettings(16, 16)) if small else (512, RaySettings(64, 128))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..guidance import sds
 from ..guidance.embedded.prior import camera_rows, fast_precision
 from ..guidance.embedded.sampling import ConditionedPrior
 from ..guidance.frozen_encoder import rewrite_encoder
+from ..guidance.fused_norms import fuse_norms
 from ..optimize import make_state, train_step
 from ..rendering.renderer import render_rays
 from .ceilings import Ceilings, count_flop, measure_ceilings
@@ -119,6 +120,10 @@ def embedded_loss(prior: ConditionedPrior) -> Callable[[Tensor, Camera], tuple[T
         return rgba, (rgba.detach() - clean) / rgba.numel()
 
     return to_loss
+
+
+Networks = tuple[Callable[..., tuple[Tensor]], Callable[[Tensor], Tensor]]
+"""UNet and encoder."""
 
 
 def latent_loss(
@@ -224,14 +229,11 @@ def _embedded(report: Report) -> None:
 
 
 def _latent(report: Report, ceilings: Ceilings, model: LatentModel, compiles: bool) -> None:
-    device, dtype = report.device, half(report.device)
-    small = report.is_small
+    device, dtype, small = report.device, half(report.device), report.is_small
     rays = RaySettings(16, 16) if small else RaySettings(64, 128)
     picture_size = 64 if small else model.picture_size
-    grid = SMALL_GRID if small else replace(PAPER_GRID, encoder="auto")
     unet, vae = make_unet(model, device, dtype, small), make_autoencoder(device, dtype, small)
     inputs = unet_inputs(model, device, dtype, small)
-    rows = [("plain", Encoder(vae), unet, torch.contiguous_format)]
     flop = _network_flop(model, unet, Encoder(vae), inputs, picture_size)
     floor_ms = ceilings.floor_ms(flop=flop, dtype=dtype)
     report.begin(
@@ -239,29 +241,36 @@ def _latent(report: Report, ceilings: Ceilings, model: LatentModel, compiles: bo
         f"{model.n_views} views, {rays.size}x{rays.size} rays x {rays.n_samples} samples, pictures of {picture_size} px; "
         f"floor: operations of UNet and autoencoder, {flop / 1e12:.2f} TFLOP",
     )
-    for name, encode, denoise, layout in rows:
-        loss = latent_loss(model, denoise, encode, inputs, picture_size, layout)
-        step = StaticStep(grid, rays, model.n_views, loss, device)
-        report.time(name, step, floor_ms)
-        report.time(f"{name}, captured", step, floor_ms, is_captured=True)
+
+    def time(name: str, networks: Networks, layout: torch.memory_format, floor_ms: float | None) -> None:
+        loss = latent_loss(model, *networks, channels_last(inputs), picture_size, layout)
+        step = StaticStep(
+            SMALL_GRID if small else replace(PAPER_GRID, encoder="auto"), rays, model.n_views, loss, device
+        )
+        timing = report.time(name, step, floor_ms)
+        timing = report.time(f"{name}, captured", step, floor_ms, is_captured=True) or timing
+        rate(timing, model.n_views, report)
+
+    time("plain", (unet, Encoder(vae)), torch.contiguous_format, floor_ms)
     if model is SD21:
         _peer(report, unet, vae, inputs, picture_size, floor_ms)
+    for label, (denoise, encode, tiny) in fast_networks(unet, vae, make_tiny_autoencoder(device, dtype), compiles):
+        time(label, (denoise, encode), torch.channels_last, floor_ms)
+        time(f"{label}, tiny autoencoder", (denoise, tiny), torch.channels_last, None)
+
+
+def fast_networks(
+    unet: torch.nn.Module, vae: torch.nn.Module, tiny: torch.nn.Module, compiles: bool
+) -> Iterator[tuple[str, tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]]]:
+    """UNet, encoder and tiny encoder in their fast forms, one after the other; changes what it is given."""
     rewrite_encoder(vae)
-    encoder = Encoder(vae).to(memory_format=torch.channels_last)
-    unet.to(memory_format=torch.channels_last)
-    tiny = TinyEncoder(make_tiny_autoencoder(device, dtype)).to(memory_format=torch.channels_last)
-    inputs = channels_last(inputs)
-    fast = [("rewritten", encoder, unet), ("rewritten, tiny autoencoder", tiny, unet)]
+    plain = [network.to(memory_format=torch.channels_last) for network in (unet, Encoder(vae), TinyEncoder(tiny))]
     if compiles:
-        quick = [torch.compile(network, fullgraph=True, dynamic=False) for network in (encoder, unet, tiny)]
-        fast += [("rewritten, compiled", *quick[:2]), ("rewritten, compiled, tiny autoencoder", quick[2], quick[1])]
-    for name, encode, denoise in fast:
-        loss = latent_loss(model, denoise, encode, inputs, picture_size, torch.channels_last)
-        step = StaticStep(grid, rays, model.n_views, loss, device)
-        is_tiny = "tiny" in name
-        timing = report.time(name, step, None if is_tiny else floor_ms)
-        timing = report.time(f"{name}, captured", step, None if is_tiny else floor_ms, is_captured=True) or timing
-        rate(timing, model.n_views, report)
+        # Compiling fuses the norms itself.
+        yield "rewritten, compiled", tuple(torch.compile(x, fullgraph=True, dynamic=False) for x in plain)
+    for network in plain:
+        fuse_norms(network)
+    yield "rewritten, fused norms", tuple(plain)
 
 
 def _network_flop(
