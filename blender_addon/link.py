@@ -148,6 +148,8 @@ def bring_in(job: Job, scene: bpy.types.Scene, collection: str = scene_tools.COL
         job.problem, job.wants_import, job.result = f"The import failed: {error}", False, None
         return
     session().table.imported(job, number)
+    if preferences.get().show_textures:
+        scene_tools.show_textures()
     scene_tools.redraw(view=True)
 
 

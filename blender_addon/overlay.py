@@ -16,7 +16,7 @@ from gpu_extras.batch import batch_for_shader
 from mathutils import Vector
 
 from . import camera_math as cm
-from . import link, preferences, scene_tools, thumbnails
+from . import link, preferences, scene_tools
 from .jobs import Job
 from .protocol import Preview, SetPreview
 from .session import Event
@@ -208,11 +208,25 @@ def _draw() -> None:
     gpu.state.blend_set("NONE")
 
 
+def _linear_table() -> np.ndarray:
+    """sRGB bytes -> linear: the viewport's buffer encodes what a shader writes."""
+    srgb = np.arange(256) / 255
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+_LINEAR = _linear_table()
+
+
 def _make_texture(preview: Preview) -> gpu.types.GPUTexture:
-    rgba = thumbnails.rgba_of(preview.rgb.shape, preview.rgb.data)
-    height, width = rgba.shape[:2]
+    """The preview on the GPU, linear; half floats keep dark tones that eight bits would lose."""
+    pixels = np.frombuffer(preview.rgb.data, np.uint8).reshape(preview.rgb.shape)[::-1]
+    height, width, n_channels = pixels.shape
+    rgba = np.ones((height, width, 4), np.float32)
+    rgba[..., :3] = _LINEAR[pixels[..., :3]]
+    if n_channels == 4:
+        np.multiply(pixels[..., 3], np.float32(1 / 255), out=rgba[..., 3])
     data = gpu.types.Buffer("FLOAT", width * height * 4, rgba.ravel())
-    return gpu.types.GPUTexture((width, height), format="RGBA8", data=data)
+    return gpu.types.GPUTexture((width, height), format="RGBA16F", data=data)
 
 
 def register() -> None:

@@ -355,6 +355,10 @@ class CONRAD_UL_jobs(bpy.types.UIList):
 class Results(ConradPanel):
     bl_label = "Results"
 
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        return len(context.window_manager.conrad.jobs) > 0
+
     def draw_header_preset(self, context: bpy.types.Context) -> None:
         n_active = len(link.session().table.active) if link.has_session() else 0
         if n_active:
@@ -510,6 +514,7 @@ def draw_preferences(
     layout.prop(chosen, "idle_minutes")
     layout.prop(chosen, "free_before_render")
     layout.prop(chosen, "preview_size")
+    layout.prop(chosen, "show_textures")
     layout.prop(chosen, "data_folder")
     header, body = layout.panel("conrad_setup", default_closed=True)
     header.label(text="Installation")
@@ -573,12 +578,12 @@ def draw_status_bar(self: bpy.types.Header, context: bpy.types.Context) -> None:
 TREE = (
     (Main, "main", ""),
     (Preview, "preview", "main"),
+    (Results, "results", "main"),
     (Camera, "camera", "main"),
     (Align, "align", "camera"),
     (Settings, "settings", "main"),
     (Assets, "assets", "settings"),
     (StartMesh, "start", "main"),
-    (Results, "results", "main"),
     (Batch, "batch", "main"),
     (Engine, "engine", "main"),
 )

@@ -62,6 +62,11 @@ class ConradPreferences(bpy.types.AddonPreferences):
     preview_size: IntProperty(
         name="Preview Size", default=512, min=64, max=1024, description="Largest side of the live preview in pixels"
     )
+    show_textures: BoolProperty(
+        name="Show Texture of Results",
+        default=True,
+        description="Solid 3D views that show material colors show textures from the first result on",
+    )
     free_before_render: BoolProperty(
         name="Free GPU Memory Before Rendering",
         description="Idle engine processes give their memory back when a render starts",

@@ -179,7 +179,8 @@ def _orbit_getter(name: str):
         from . import camera
 
         value = camera.orbit_value(settings.id_data, name)
-        return radians(value) if name.endswith("_deg") else value
+        # Rounding noise would show as -0 degrees.
+        return round(radians(value), 6) + 0.0 if name.endswith("_deg") else value
 
     return get
 

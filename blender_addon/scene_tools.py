@@ -91,6 +91,16 @@ def push_undo(message: str) -> None:
         bpy.ops.ed.undo_push(message=message)
 
 
+def show_textures() -> None:
+    """Let solid 3D views that show plain material colors show textures: a new object would look gray there."""
+    for window in () if bpy.app.background else bpy.context.window_manager.windows:
+        for area in window.screen.areas:
+            if area.type == "VIEW_3D":
+                shading = area.spaces.active.shading
+                if shading.type == "SOLID" and shading.color_type == "MATERIAL":
+                    shading.color_type = "TEXTURE"
+
+
 def redraw(
     kinds: tuple[str, ...] = ("VIEW_3D", "IMAGE_EDITOR", "PREFERENCES", "STATUSBAR"), view: bool = False
 ) -> None:

@@ -48,9 +48,12 @@ def _take(events: list[Event]) -> None:
             continue
         if event.kind == "thumbnail" and job.thumbnail:
             _load(job.id, job.thumbnail)
+        if event.kind == "job" and job.preview is not None and not job.is_active and job.id not in _icons:
+            # Until a better one comes: what was seen last.
+            _show(job.id, rgba_of(job.preview.rgb.shape, job.preview.rgb.data))
         if event.kind == "preview" and job.preview is not None and monotonic() - _live_at > LIVE_EVERY_S:
             _live_job, _live_at = job.id, monotonic()
-            _show_live(rgba_of(job.preview.rgb.shape, job.preview.rgb.data))
+            _show("live", rgba_of(job.preview.rgb.shape, job.preview.rgb.data))
 
 
 def _load(job_id: str, png: bytes) -> None:
@@ -71,15 +74,18 @@ def rgba_of(shape: tuple[int, ...], data: bytes | memoryview) -> np.ndarray:
     return rgba
 
 
-def _show_live(rgba: np.ndarray) -> None:
-    """Put a preview into the live icon, centered on a transparent square."""
+def _show(name: str, rgba: np.ndarray) -> None:
+    """Put a preview into an icon, centered on a transparent square."""
     stride = max(1, -(-max(rgba.shape[:2]) // LIVE_SIZE))
     small = rgba[::stride, ::stride]
     side = max(small.shape[:2])
     square = np.zeros((side, side, 4), np.float32)
     top, left = (side - small.shape[0]) // 2, (side - small.shape[1]) // 2
-    square[top : top + small.shape[0], left : left + small.shape[1]] = small
-    preview = _icons["live"] if "live" in _icons else _icons.new("live")
+    window = square[top : top + small.shape[0], left : left + small.shape[1]]
+    # Icons are drawn with premultiplied alpha.
+    window[..., :3] = small[..., :3] * small[..., 3:]
+    window[..., 3] = small[..., 3]
+    preview = _icons[name] if name in _icons else _icons.new(name)
     if tuple(preview.image_size) != (side, side):
         preview.image_size = side, side
     preview.image_pixels_float.foreach_set(square.ravel())
