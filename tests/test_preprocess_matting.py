@@ -228,3 +228,19 @@ def test_onnx_files_that_do_not_fit_give_one_sentence(tmp_path: Path) -> None:
     assert "finds no object" in error(tmp_path / "flat.onnx")
     write_network(tmp_path / "nan.onnx", 64, offset=float("nan"))
     assert "not a finite map" in error(tmp_path / "nan.onnx")
+
+
+@pytest.mark.skipif(not (HAS_ONNX and importlib.util.find_spec("rembg")), reason="needs rembg and onnx")
+@pytest.mark.parametrize(
+    "place, side", [("u2net.onnx", 320), ("models/isnet-general-use/isnet-general-use.onnx", 1024)]
+)
+def test_rembg_uses_the_file_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, side: int) -> None:
+    monkeypatch.setenv("U2NET_HOME", str(tmp_path))
+    monkeypatch.delenv("MODEL_CHECKSUM_DISABLED", raising=False)
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    write_network(tmp_path / place, side, gain=4.0, offset=-1.0)
+    rgb = np.full((120, 200, 3), 0.5, np.float32)
+    rgb[40:80, 60:140] = [0.9, 0.1, 0.5]
+    mask, how = matting.matte(rgb, PictureConfig())
+    assert how == f"rembg {Path(place).stem}" and iou(mask, rgb[..., 0] > 0.7) > 0.97
+    assert matting.os.environ["U2NET_HOME"] == str(tmp_path) and "MODEL_CHECKSUM_DISABLED" not in matting.os.environ

@@ -23,8 +23,8 @@ Mask = Float[ndarray, "height width"]
 
 MIN_OBJECT_PIXELS = 64
 """Fewer object pixels than this are no object."""
-LEAST_DETAIL = 0.012
-"""Change of the sharpest pixels when an object is halved and doubled again: below it the picture was enlarged threefold."""
+LEAST_DETAIL = 0.02
+"""Change of the sharpest pixels when an object is halved and doubled again: below it the picture was enlarged a lot."""
 SMALL_OBJECT_SIDE = 128
 """An object whose longer side has fewer pixels gets a blurred texture: worth a warning."""
 
@@ -88,15 +88,16 @@ def prepare_picture(
     distances = None
     if depth is not None:
         distances = read_depth(depth, height, width, config.max_pixels, depth_is_inverse)
+    colors = object_colors(colors, alpha)
     return PreparedPicture(
-        rgb=object_colors(colors, alpha),
+        rgb=colors,
         mask=alpha,
         depth=distances,
         depth_kind=depth_kind,
         original=(picture.rgba * 255).round().astype(np.uint8),
         box=box,
         matting=matting,
-        warnings=picture.warnings + tuple(_object_warnings(rgb * alpha[..., None], box, matting)),
+        warnings=picture.warnings + tuple(_object_warnings(colors, box, matting)),
         sha256=picture.sha256,
         scale=width / picture.original_width,
         original_width=picture.original_width,
@@ -202,7 +203,10 @@ def _object_warnings(rgb: Float[ndarray, "height width 3"], box: tuple[int, int,
 
 
 def _is_enlarged(rgb: Float[ndarray, "height width 3"]) -> bool:
-    size = (max(1, rgb.shape[1] // 2), max(1, rgb.shape[0] // 2))
-    halved = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    width, height = rgb.shape[1] // 2, rgb.shape[0] // 2
+    if min(width, height) < 1:
+        return False
+    rgb = rgb[: 2 * height, : 2 * width]
+    halved = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA)
     restored = cv2.resize(halved, rgb.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     return float(np.percentile(np.abs(rgb - restored).max(-1), 99.9)) < LEAST_DETAIL
