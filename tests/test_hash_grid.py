@@ -254,9 +254,18 @@ def kernels() -> Iterator[types.ModuleType]:
 
 
 @pytest.mark.parametrize(
-    ("smooth", "n_merged", "half_reads"), [(False, 0, True), (True, 2, False), (False, 3, True), (True, 0, False)]
+    ("smooth", "n_merged", "half_reads", "pairs"),
+    [(False, 0, True, True), (True, 2, False, False), (False, 3, True, True), (True, 0, False, False)],
 )
-def test_triton_equals_torch(kernels: types.ModuleType, smooth: bool, n_merged: int, half_reads: bool) -> None:
+def test_triton_equals_torch(
+    kernels: types.ModuleType,
+    smooth: bool,
+    n_merged: int,
+    half_reads: bool,
+    pairs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "PAIRS", pairs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     grid = filled(COARSE, smooth=smooth).to(device)
     grid.active_levels = 2.5
@@ -305,7 +314,7 @@ def test_triton_kernels_compile_for_hopper_with_vector_atomics(monkeypatch: pyte
     types_of |= {"stride_point": "i32", "stride_axis": "i32"}
     for kernel, constants in (
         (kernels._forward, {"BLOCK": 128, "HALF": True, "SMOOTH": False}),
-        (kernels._backward_table, {"BLOCK": 128, "SMOOTH": False, "RUNS": True}),
+        (kernels._backward_table, {"BLOCK": 128, "SMOOTH": False, "RUNS": True, "PAIRS": True}),
         (kernels._backward_positions, {"N_LEVELS": 16, "BLOCK": 128, "HALF": True, "SMOOTH": True}),
     ):
         signature = {name: types_of.get(name, "*fp32") for name in kernel.arg_names}
@@ -315,7 +324,8 @@ def test_triton_kernels_compile_for_hopper_with_vector_atomics(monkeypatch: pyte
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
         ptx = triton_compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
         assert ".entry" in ptx
-        assert ("add.v2.f32" in ptx) == (kernel is kernels._backward_table)
+        for width in ("v2", "v4"):
+            assert (f"add.{width}.f32" in ptx) == (kernel is kernels._backward_table)
 
 
 @pytest.mark.gpu

@@ -167,6 +167,10 @@ def _triton_variants(report: Report, grid: HashGrid, points: Tensor, weight: Ten
     for n_merged in (0, 5, 9, 11):
         name = f"triton, runs of {n_merged} levels summed (chosen: {chosen})"
         report.time(name, variant(n_merged, True, points), floor_ms)
+    hash_grid_triton.PAIRS = not hash_grid_triton.PAIRS
+    name = f"triton, pairs of rows in one atomic: {hash_grid_triton.PAIRS} (chosen: {not hash_grid_triton.PAIRS})"
+    report.time(name, variant(chosen, True, points), floor_ms)
+    hash_grid_triton.PAIRS = not hash_grid_triton.PAIRS
     report.time("triton, float32 reads", variant(chosen, False, points), floor_ms)
     leaf = points.clone().requires_grad_()
     report.time("triton, with gradient to positions", variant(chosen, True, leaf), floor_ms)

@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 128
 """Points a program; 512 was no faster."""
+PAIRS = True
+"""Whether x neighbors in one pair of rows share an atomic."""
 MERGED_RESOLUTION = 200
 """Levels with fewer vertices a side have their runs summed first: finer cells are seldom shared by neighboring samples."""
 
@@ -125,9 +127,39 @@ def _shares_cell(x_ptr, n, other, live, stride_point, stride_axis, scale, ix, iy
 
 
 @triton.jit
+def _add_row(grad_ptr, row, a, b, writes):
+    """Adds to both features of a row: one [BLOCK, 2] operation, which Hopper does as one vector atomic."""
+    pair = tl.arange(0, 2)[None, :]
+    mask = writes[:, None] & (pair >= 0)
+    tl.atomic_add(grad_ptr + row[:, None] * 2 + pair, tl.join(a, b), mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _add_edge(grad_ptr, low, high, low_a, low_b, high_a, high_b, writes, PAIRS: tl.constexpr):
+    """Adds to the rows of two vertices that are neighbors along x.
+
+    Their rows form an aligned pair half of the time (when x is even: the first prime is one), and then one atomic of four
+    numbers takes the place of two.
+    """
+    if PAIRS:
+        is_pair = (low ^ high) == 1
+        is_turned = low > high
+        first = tl.join(tl.where(is_turned, high_a, low_a), tl.where(is_turned, low_a, high_a))
+        second = tl.join(tl.where(is_turned, high_b, low_b), tl.where(is_turned, low_b, high_b))
+        quad = tl.arange(0, 4)[None, :]
+        start = tl.multiple_of(low // 2 * 4, 4)
+        values = tl.reshape(tl.join(first, second), [low.shape[0], 4])
+        mask = (writes & is_pair)[:, None] & (quad >= 0)
+        tl.atomic_add(grad_ptr + start[:, None] + quad, values, mask=mask, sem="relaxed")
+        writes = writes & (is_pair == 0)
+    _add_row(grad_ptr, low, low_a, low_b, writes)
+    _add_row(grad_ptr, high, high_a, high_b, writes)
+
+
+@triton.jit
 def _backward_table(
     x_ptr, grad_out_ptr, grad_ptr, scale_ptr, extent_ptr, weight_ptr, first_level, n_points, stride_point, stride_axis,
-    BLOCK: tl.constexpr, SMOOTH: tl.constexpr, RUNS: tl.constexpr,
+    BLOCK: tl.constexpr, SMOOTH: tl.constexpr, RUNS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Adds each point's share to its eight rows; with RUNS, neighbors in one cell are summed before."""
     level = first_level + tl.program_id(1)
@@ -155,24 +187,20 @@ def _backward_table(
             )
             first = 1 - joins_before.to(tl.int32)
             writes = live & (joins_after == 0)
-        pair = tl.arange(0, 2)[None, :]
-        for corner in tl.static_range(8):
-            dx = corner & 1
-            dy = (corner >> 1) & 1
-            dz = corner >> 2
-            w = (wx if dx else 1.0 - wx) * (wy if dy else 1.0 - wy) * (wz if dz else 1.0 - wz)
-            sum_a = w * grad_a
-            sum_b = w * grad_b
+        for edge in tl.static_range(4):
+            dy = edge & 1
+            dz = edge >> 1
+            side = (wy if dy else 1.0 - wy) * (wz if dz else 1.0 - wz)
+            low_a = (1.0 - wx) * side * grad_a
+            low_b = (1.0 - wx) * side * grad_b
+            high_a = wx * side * grad_a
+            high_b = wx * side * grad_b
             if RUNS:
-                _, sum_a, sum_b = tl.associative_scan((first, sum_a, sum_b), 0, _add_run)
-            row = offset + _row(ix + dx, iy + dy, iz + dz, resolution, size, dense)
-            # Both features in one [BLOCK, 2] operation, which Hopper does as one vector atomic.
-            tl.atomic_add(
-                grad_ptr + row[:, None] * 2 + pair,
-                tl.join(sum_a, sum_b),
-                mask=writes[:, None] & (pair >= 0),
-                sem="relaxed",
-            )
+                _, low_a, low_b = tl.associative_scan((first, low_a, low_b), 0, _add_run)
+                _, high_a, high_b = tl.associative_scan((first, high_a, high_b), 0, _add_run)
+            low = offset + _row(ix, iy + dy, iz + dz, resolution, size, dense)
+            high = offset + _row(ix + 1, iy + dy, iz + dz, resolution, size, dense)
+            _add_edge(grad_ptr, low, high, low_a, low_b, high_a, high_b, writes, PAIRS)
 
 
 @triton.jit
@@ -255,7 +283,7 @@ class _Encode(torch.autograd.Function):
                 if n > 0 and last > first:
                     _backward_table[n_blocks, last - first](
                         positions, grad, grad_table, scales, extents, level_weights, first, n, *positions.stride(),
-                        BLOCK=BLOCK, SMOOTH=ctx.smooth, RUNS=runs,
+                        BLOCK=BLOCK, SMOOTH=ctx.smooth, RUNS=runs, PAIRS=PAIRS,
                     )  # fmt: skip
         return grad_positions, grad_table, None, None, None, None, None, None
 
