@@ -14,7 +14,6 @@ from PIL import Image
 
 from ..config import PictureConfig
 from ..errors import InputError, MissingDependency
-from .cutout import cut_out
 
 Rgb = Float[ndarray, "height width 3"]
 Mask = Float[ndarray, "height width"]
@@ -43,6 +42,8 @@ def matte(rgb: Rgb, config: PictureConfig) -> tuple[Mask, str]:
             return _rembg_or_explain(rgb)
         case "auto" if has_rembg() and (found := rembg_model()):
             return rembg_mask(rgb, found), f"rembg {found.stem}"
+    from .cutout import cut_out  # brings scikit-image, which takes a while to load
+
     return cut_out(rgb)
 
 

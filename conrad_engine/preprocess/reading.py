@@ -76,12 +76,15 @@ def read_picture(source: Path | str | bytes, max_pixels: int, max_side: int, wha
     name = what if isinstance(source, bytes) else f"{what} {source}"
     notes: list[str] = []
     image = open_image(data, name, max_pixels)
-    _check_frames(image, name, notes)
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except BROKEN_FILE as error:
-        raise InputError(f"{name} is damaged or cut off ({error}): save or download it again") from None
+    with warnings.catch_warnings():
+        # Pillow remarks on odd metadata that do not change a pixel.
+        warnings.simplefilter("ignore")
+        _check_frames(image, name, notes)
+        try:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+        except BROKEN_FILE as error:
+            raise InputError(f"{name} is damaged or cut off ({error}): save or download it again") from None
     width, height = image.size
     has_alpha = image.has_transparency_data
     factor = max(1, max(width, height) // max_side)
