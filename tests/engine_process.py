@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from conrad_engine.protocol import CONNECTION_FILE, Connection, EngineClient, Submit, new_job_id
+from conrad_engine.protocol import Connection, EngineClient, JobState, Progress, Submit, new_job_id
 
 ROOT = Path(__file__).resolve().parents[1]
 START = (
@@ -33,12 +33,12 @@ class Engine:
         self,
         folder: Path,
         devices: str = "cpu",
-        pipeline: str = "toy_pipeline",
+        pipeline: str = "tests.toy_pipeline",
         parent_pid: int = 0,
         idle_timeout_s: float = 0,
     ) -> None:
         self.folder = folder
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         arguments = [str(folder), devices, pipeline, str(parent_pid), str(idle_timeout_s)]
         folder.mkdir(exist_ok=True)
         self.log = folder.parent / f"{folder.name}.log"
@@ -107,4 +107,20 @@ def until(client: EngineClient, is_true: Callable[[], object], within_s: float =
     return messages
 
 
-__all__ = ["CONNECTION_FILE", "Engine", "picture", "running", "toy_job", "until"]
+def until_message(client: EngineClient, is_it: Callable[[object], bool], within_s: float = 15.0) -> object:
+    """Poll until a certain message comes."""
+    end_s = time.monotonic() + within_s
+    while time.monotonic() < end_s:
+        for message in client.poll(timeout_s=0.02):
+            if is_it(message):
+                return message
+    raise AssertionError(f"no such message within {within_s} s")
+
+
+def until_state(client: EngineClient, job: str, *states: str, within_s: float = 15.0) -> JobState:
+    until(client, lambda: job in client.jobs and client.jobs[job].state in states, within_s)
+    return client.jobs[job]
+
+
+def until_step(client: EngineClient, job: str, step: int, within_s: float = 15.0) -> None:
+    until_message(client, lambda m: isinstance(m, Progress) and m.job == job and m.step >= step, within_s)

@@ -8,6 +8,7 @@ steps were lost or done twice. The prompt is JSON that says how it behaves:
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from conrad_engine.errors import Cancelled, InputError
 from conrad_engine.files import write_atomic
@@ -67,7 +69,8 @@ def expected_value(n_steps: int) -> int:
     return value
 
 
-def generate(job: Job, folder: Path, monitor: Monitor) -> JobResult:
+def generate(job: Job, folder: Path, monitor: Monitor | None = None) -> JobResult:
+    monitor = monitor or Monitor()
     behavior = json.loads(job.config.prompt or "{}")
     n_steps = job.config.optimize.n_steps
     checkpoint = folder / "checkpoint.json"
@@ -98,8 +101,17 @@ def generate(job: Job, folder: Path, monitor: Monitor) -> JobResult:
             write_atomic(checkpoint, json.dumps([step, value]).encode())
     write_atomic(checkpoint, json.dumps([step, value]).encode())
     (folder / "mesh.glb").write_bytes(b"glTF" + bytes(job.config.mesh.n_faces))
+    _sheet(job.picture, value).save(folder / "sheet.png")
     metrics = {"value": value, "steps": step, "nested": {"psnr": 30.0, "worst": float("inf")}, "views": [1, 2]}
     return JobResult(_mesh(job.config.mesh.n_faces, job.config.mesh.texture_size), folder / "mesh.glb", metrics)
+
+
+def _sheet(picture: bytes, value: int) -> Image.Image:
+    sheet = Image.new("RGB", (600, 150), (240, 240, 240))
+    seen = Image.open(io.BytesIO(picture)).convert("RGB").resize((140, 140))
+    for view in range(4):
+        sheet.paste(seen.rotate(15 * view + value % 7), (5 + 150 * view, 5))
+    return sheet
 
 
 def _raise(kind: str) -> None:

@@ -60,6 +60,9 @@ CANCEL_LIMIT_S = 20.0
 DECODE_LIMIT_S = 30.0
 """A picture that takes longer to decode is refused."""
 
+OPTIMIZING = "optimize"
+"""The stage whose steps are those of the job."""
+
 
 class Busy(ConradError):
     """Not now; the same request can be made later."""
@@ -282,7 +285,10 @@ class Dispatch:
         now_s = time.monotonic()
         passed_s = now_s - self._progressed_s.get(job.id, now_s) if job.state == RUNNING else 0.0
         self._progressed_s[job.id] = now_s
-        self._queue.progressed(job.id, progress.step, progress.n_steps, job.elapsed_s + passed_s)
+        # The other stages count for themselves; how far the job is has not changed.
+        is_optimizing = progress.stage == OPTIMIZING
+        step, n_steps = (progress.step, progress.n_steps) if is_optimizing else (job.step, job.n_steps)
+        self._queue.progressed(job.id, step, n_steps, job.elapsed_s + passed_s)
         for client in self._clients:
             self._clients.offer(client, progress)
 

@@ -22,7 +22,8 @@ PROGRESS_EVERY_S = 0.05
 class Link:
     """Sends for the job and receives orders, in a thread of its own, so that neither waits for the other.
 
-    Of progress and of each client's preview only the newest waits to be sent. `runs` holds jobs to be done; other orders are given, in the link's thread, to whom `attach` names.
+    Of progress and of each client's preview only the newest waits to be sent. `runs` holds jobs to be done; other orders are
+    given, in the link's thread, to whom `attach` names.
     """
 
     def __init__(self, endpoint: str, name: str, secret: str) -> None:

@@ -1,0 +1,437 @@
+"""The real server process with real worker processes and clients; only the optimisation is a toy that counts."""
+
+import dataclasses
+import json
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+import zmq
+
+from conrad_engine.protocol import (
+    CANCELLED,
+    CONNECTION_FILE,
+    DONE,
+    FAILED,
+    PAUSED,
+    PROTOCOL_VERSION,
+    QUEUED,
+    REFUSED,
+    RUNNING,
+    Array,
+    Cancel,
+    Continue,
+    EngineClient,
+    EngineUnavailable,
+    Error,
+    Extract,
+    Fetch,
+    Forget,
+    FreeMemory,
+    Hello,
+    JobState,
+    Keep,
+    ListJobs,
+    Pause,
+    Preview,
+    Progress,
+    ProtocolError,
+    RequestRefused,
+    Resume,
+    SetPreview,
+    Shutdown,
+    Submit,
+    encode,
+    new_job_id,
+)
+from conrad_engine.server.clients import FORGET_AFTER_S
+
+from .engine_process import ROOT, Engine, picture, running, toy_job, until, until_message, until_state, until_step
+from .toy_pipeline import expected_value
+
+SLOWLY = json.dumps({"delay_s": 0.02, "checkpoint_every": 5})
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("engine") / "data") as engine:
+        yield engine
+
+
+@pytest.fixture
+def client(engine):
+    with engine.client() as client:
+        until(client, lambda: client.state == "ready")
+        yield client
+
+
+def test_a_job_from_picture_to_mesh(client):
+    job = toy_job(steps=30, n_faces=128, texture_size=64)
+    client.request(job)
+    state = client.wait(job.job, 20)
+    assert (state.state, state.step, state.n_steps_set, state.result) == (DONE, 30, 30, 1)
+    assert state.metrics == {"value": expected_value(30), "steps": 30, "nested.psnr": 30.0}
+    assert state.parts == ("arrays", "mesh.glb", "sheet.png")
+    result = client.fetch(job.job)
+    faces = np.frombuffer(result.faces.data, result.faces.dtype).reshape(result.faces.shape)
+    assert faces.shape == (128, 3) and faces.max() < result.vertices.shape[0]
+    assert result.texture.shape == (64, 64, 3)
+    assert bytes(client.fetch(job.job, "mesh.glb").data) == b"glTF" + bytes(128)
+
+
+def test_progress_comes_and_only_the_newest(client):
+    job = toy_job(steps=40, behavior=json.dumps({"delay_s": 0.01}))
+    client.send(job)
+    time.sleep(1.5)  # Nobody reads meanwhile.
+    progress = [message for message in client.poll() if isinstance(message, Progress) and message.job == job.job]
+    assert len(progress) <= 1
+    assert client.wait(job.job, 20).state == DONE
+
+
+def test_every_change_of_state_is_told(client):
+    job = toy_job(steps=5)
+    seen = []
+    client.send(job)
+    client.wait(job.job, 20, seen.append)
+    states = [(m.state, m.revision) for m in seen if isinstance(m, JobState) and m.job == job.job]
+    assert states == [(QUEUED, 1), (RUNNING, 2), (DONE, 3)]
+
+
+def test_a_job_sent_twice_is_one_job(client):
+    job = toy_job(steps=5)
+    client.request(job)
+    client.request(job)
+    client.wait(job.job, 20)
+    assert client.request(job).job == job.job
+    assert client.jobs[job.job].revision == 3
+
+
+def test_pause_resume_and_cancel(client):
+    job = toy_job(steps=1000, behavior=SLOWLY)
+    client.request(job)
+    until_step(client, job.job, 5)
+    client.request(Pause(job.job))
+    assert until_state(client, job.job, PAUSED).state == PAUSED
+    client.request(Resume(job.job))
+    assert until_state(client, job.job, RUNNING).state == RUNNING
+    client.request(Cancel(job.job))
+    assert until_state(client, job.job, CANCELLED).state == CANCELLED
+    with pytest.raises(RequestRefused, match="no result yet: it is cancelled") as caught:
+        client.fetch(job.job)
+    assert caught.value.code == "no_result"
+
+
+def test_stop_and_keep_then_continue_then_extract_again(client):
+    job = toy_job(steps=400, behavior=SLOWLY)
+    client.request(job)
+    until_step(client, job.job, 8)
+    client.request(Keep(job.job))
+    kept = until_state(client, job.job, DONE)
+    assert 8 <= kept.step < 400 and kept.metrics["value"] == expected_value(kept.step)
+    client.request(Continue(job.job, 400))  # It has 400 steps set and stopped before.
+    until_state(client, job.job, QUEUED, RUNNING)
+    client.request(Keep(job.job))
+    until_state(client, job.job, DONE)
+    client.request(Extract(job.job, n_faces=256, texture_size=128, resolution=64))
+    until_state(client, job.job, QUEUED, RUNNING)
+    again = until_state(client, job.job, DONE)
+    assert (again.n_faces, again.texture_size, again.result) == (256, 128, 3)
+    assert again.metrics["value"] == expected_value(again.step)
+    assert client.fetch(job.job).texture.shape == (128, 128, 3)
+
+
+def test_more_steps_go_on_from_the_end(client):
+    job = toy_job(steps=10)
+    client.request(job)
+    client.wait(job.job, 20)
+    client.request(Continue(job.job, 25))
+    until(client, lambda: client.jobs[job.job].result == 2)
+    assert client.jobs[job.job].metrics["value"] == expected_value(25)
+
+
+def test_previews_come_from_the_clients_own_camera(client):
+    job = toy_job(steps=2000, behavior=SLOWLY)
+    client.request(job)
+    c2w = (1.0, 0, 0, 0, 0, 0, -1, -3, 0, 1, 0, 0, 0, 0, 0, 1)
+    client.request(SetPreview(job.job, True, 7, c2w, (50.0, 50.0, 16.0, 12.0), 32, 24))
+    preview = until_message(client, lambda m: isinstance(m, Preview))
+    assert (preview.serial, preview.rgb.shape, preview.c2w) == (7, (24, 32, 4), c2w)
+    client.request(SetPreview(job.job, True, 8, width=64, height=64))
+    turned = until_message(client, lambda m: isinstance(m, Preview) and m.serial == 8)
+    assert turned.rgb.shape == (64, 64, 4) and len(turned.c2w) == 16
+    client.request(SetPreview(job.job, False))
+    client.request(Cancel(job.job))
+    until_state(client, job.job, CANCELLED)
+
+
+def test_pixels_masks_depth_and_start_mesh_arrive(client, engine):
+    job = Submit(
+        new_job_id(),
+        pixels=Array("u1", (2, 3, 4), bytes(range(24))),
+        mask_pixels=Array("u1", (2, 3), bytes([255] * 6)),
+        depth_pixels=Array("<f4", (2, 3), bytes(24)),
+        init_vertices=Array("<f4", (3, 3), np.eye(3, dtype="<f4").tobytes()),
+        init_faces=Array("<i4", (1, 3), np.arange(3, dtype="<i4").tobytes()),
+        overrides={"optimize.n_steps": 2},
+        texture_size=64,
+        n_faces=100,
+    )
+    client.request(job)
+    assert client.wait(job.job, 20).state == DONE
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"job": "../../etc"}, "32 hexadecimal digits"),
+        ({"picture": None}, "needs a picture"),
+        ({"picture": b""}, "the picture has 0 bytes"),
+        ({"pixels": Array("u1", (1, 1, 3), b"abc")}, "either its file's bytes or its pixels"),
+        ({"preset": "golden"}, "unknown preset 'golden'"),
+        ({"guidance": "magic"}, "unknown guidance 'magic'"),
+        ({"overrides": {"mesh.colour": 1}}, "unknown setting 'mesh.colour'"),
+        ({"overrides": {"picture.matting_model": "/etc/passwd"}}, "cannot be set by a client"),
+        ({"overrides": {"guidance.weights": "/etc/passwd"}}, "cannot be set by a client"),
+        ({"overrides": {"device": "cuda:7"}}, "cannot be set by a client"),
+        ({"guidance": "zero123", "overrides": {"guidance.model": "/root/model"}}, "must be a hub id"),
+        ({"guidance": "zero123", "overrides": {"guidance.model": "../up/model"}}, "must be a hub id"),
+        ({"texture_size": 5}, "texture size must be between"),
+        ({"priority": 1000}, "between -100 and 100"),
+        ({"c2w": (1.0,)}, "16 numbers of c2w"),
+        ({"c2w": (1.0,) * 16, "intrinsics": (0.0,) * 4, "width": 4, "height": 4}, "positive focal lengths"),
+        ({"object_size": -1.0}, "object_size must be positive"),
+        ({"depth_kind": "deep"}, "relative or metric"),
+        ({"init_faces": Array("<i4", (1, 3), bytes(12))}, "init_vertices together with init_faces"),
+        ({"name": "x" * 201}, "at most 200 characters"),
+    ],
+)
+def test_a_request_that_cannot_be_done_is_refused_in_one_sentence(client, changes, complaint):
+    with pytest.raises(RequestRefused, match=complaint) as caught:
+        client.request(dataclasses.replace(toy_job(), **changes))
+    assert caught.value.code == "input"
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (Pause("0" * 32), "unknown_job"),
+        (Fetch("../x"), "unknown_job"),
+        (Forget("0" * 32), "unknown_job"),
+        (SetPreview("0" * 32), "unknown_job"),
+        (JobState("0" * 32, 1, "done"), "state"),
+    ],
+)
+def test_requests_about_nothing_are_refused(client, request_, code):
+    with pytest.raises(RequestRefused) as caught:
+        client.request(request_)
+    assert caught.value.code == code
+
+
+def test_a_file_outside_the_list_is_not_handed_out(client):
+    job = toy_job(steps=2)
+    client.request(job)
+    client.wait(job.job, 20)
+    with pytest.raises(RequestRefused, match="a result has no '../../jobs.sqlite'"):
+        client.fetch(job.job, "../../jobs.sqlite")
+    with pytest.raises(RequestRefused, match="this job has no texture.png"):
+        client.fetch(job.job, "texture.png")
+
+
+@pytest.mark.parametrize(
+    ("behavior", "code", "words"),
+    [
+        ({"error": "input"}, "input", "shows no object"),
+        ({"error": "disk_full"}, "disk_full", "disk is full"),
+        ({"error": "mistake"}, "internal", "RuntimeError: a mistake"),
+    ],
+)
+def test_a_job_that_fails_says_why_and_the_worker_lives_on(client, behavior, code, words):
+    job = toy_job(behavior=json.dumps(behavior))
+    client.request(job)
+    state = client.wait(job.job, 20)
+    assert (state.state, state.error_code) == (FAILED, code) and words in state.error_message
+
+
+@pytest.mark.parametrize("data", [b"no picture", picture()[:40], b"\x89PNG\r\n\x1a\n" + bytes(100)])
+def test_a_broken_picture_fails_in_one_sentence(client, data):
+    job = dataclasses.replace(toy_job(), picture=data)
+    client.request(job)
+    state = client.wait(job.job, 20)
+    assert (state.state, state.error_code) == (
+        FAILED,
+        "input",
+    ) and "the picture cannot be decoded" in state.error_message
+
+
+def test_a_picture_bomb_is_refused_before_it_is_decoded(client):
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 6, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
+    job = dataclasses.replace(toy_job(), picture=bomb)
+    client.request(job)
+    state = client.wait(job.job, 20)
+    assert state.error_code == "input" and "60000 x 60000 pixels" in state.error_message
+
+
+def test_forgetting_a_job_removes_it_everywhere(client, engine):
+    job = toy_job(steps=2)
+    client.request(job)
+    client.wait(job.job, 20)
+    folder = engine.folder / "jobs" / job.job
+    assert folder.exists()
+    client.request(Forget(job.job))
+    assert job.job not in client.jobs
+    until(client, lambda: not folder.exists())
+
+
+def test_two_clients_see_the_same(engine, client):
+    with engine.client("other") as other:
+        job = toy_job(steps=3)
+        client.request(job)
+        assert other.wait(job.job, 20).state == DONE
+        assert client.request(ListJobs()).count == len(other.jobs)
+
+
+def test_free_memory_ends_idle_workers_and_the_next_job_starts_one(client, engine):
+    until(client, lambda: client.status.workers == "ready")
+    (before,) = engine.worker_pids()
+    client.request(FreeMemory())
+    until(client, lambda: client.status.workers == "stopped")
+    assert engine.worker_pids() == []
+    job = toy_job(steps=2)
+    client.request(job)
+    assert client.wait(job.job, 20).state == DONE
+    assert engine.worker_pids() != [before]
+
+
+def test_free_memory_can_pause_a_job_at_its_checkpoint(client, engine):
+    job = toy_job(steps=60, behavior=SLOWLY)
+    client.request(job)
+    until_step(client, job.job, 12)
+    with pytest.raises(RequestRefused, match="at work") as caught:
+        client.request(FreeMemory())
+    assert caught.value.code == "busy"
+    client.request(FreeMemory(pause_jobs=True))
+    assert until_state(client, job.job, PAUSED).step >= 12
+    until(client, lambda: engine.worker_pids() == [])
+    client.request(Resume(job.job))
+    assert until_state(client, job.job, DONE).metrics["value"] == expected_value(60)
+
+
+def test_a_wrong_token_is_refused_with_a_name(engine):
+    with EngineClient(engine.connection.endpoint, "guess") as stranger:
+        messages = until(stranger, lambda: stranger.state == REFUSED)
+        assert Error("refused", messages[-1].message) in messages
+        with pytest.raises(EngineUnavailable):
+            stranger.send(Shutdown())
+
+
+def test_nobody_else_can_read_the_connection_file(engine):
+    path = engine.folder / CONNECTION_FILE
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert json.loads(path.read_text())["token"] == engine.connection.token
+
+
+def test_logs_carry_no_token(engine, client):
+    job = toy_job(steps=2)
+    client.request(job)
+    client.wait(job.job, 20)
+    logs = [engine.log, *engine.folder.glob("*.log")]
+    assert len(logs) >= 2
+    assert all(engine.connection.token not in log.read_text() for log in logs)
+    command = open(f"/proc/{engine.worker_pids()[0]}/cmdline").read()
+    assert engine.connection.token not in command
+
+
+def test_a_client_of_another_version_learns_which_side_is_old(engine):
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.plain_username, dealer.plain_password = b"conrad", engine.connection.token.encode()
+    dealer.connect(engine.connection.endpoint)
+    hello = bytes(encode(Hello())[0]).replace(b'"v":1', b'"v":2')
+    dealer.send_multipart([hello])
+    assert dealer.poll(5000)
+    answer = json.loads(dealer.recv_multipart()[0])
+    assert answer["fields"]["code"] == "version" and "update the engine" in answer["fields"]["message"]
+    context.destroy(linger=0)
+
+
+def test_a_second_engine_on_the_same_folder_is_refused(engine):
+    with pytest.raises(RuntimeError, match="another engine uses the data folder"):
+        Engine(engine.folder)
+    assert (engine.folder / CONNECTION_FILE).exists(), "the second engine has removed the first one's connection file"
+
+
+def test_the_engine_ends_with_its_parent_and_at_shutdown(tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    engine = Engine(tmp_path / "data", parent_pid=parent.pid)
+    parent.kill()  # Not waited for: a dead process that nobody has collected is gone all the same.
+    assert engine.process.wait(10) == 0
+    parent.wait()
+    assert not (tmp_path / "data" / CONNECTION_FILE).exists()
+    engine = Engine(tmp_path / "data")
+    with engine.client() as client:
+        client.request(Shutdown())
+        assert engine.process.wait(10) == 0
+
+
+def test_the_engine_ends_when_idle(tmp_path):
+    assert Engine(tmp_path / "data", idle_timeout_s=0.3).process.wait(10) == 0
+
+
+@pytest.mark.slow
+def test_the_engine_does_not_end_while_it_works(tmp_path):
+    engine = Engine(tmp_path / "data", idle_timeout_s=0.5)
+    with engine.client() as client:
+        client.request(toy_job(steps=2500, behavior=SLOWLY))
+    time.sleep(FORGET_AFTER_S + 10)
+    assert engine.process.poll() is None, "nobody is connected, but a job is at work"
+    assert engine.process.wait(60) == 0
+
+
+def test_shutdown_keeps_the_running_job_for_the_next_start(tmp_path):
+    with running(tmp_path / "data") as engine, engine.client() as client:
+        job = toy_job(steps=80, behavior=json.dumps({"delay_s": 0.02, "checkpoint_every": 10_000}))
+        client.request(job)
+        until_step(client, job.job, 20)
+        assert engine.stop() == 0
+    with running(tmp_path / "data") as engine, engine.client() as client:
+        state = client.wait(job.job, 20)
+        assert state.metrics["value"] == expected_value(80)
+        lines = (tmp_path / "data" / "worker-0.log").read_text()
+        assert "failed" not in lines
+
+
+def test_the_server_never_imports_what_is_heavy(tmp_path):
+    code = (
+        "import sys; import conrad_engine.server.serve, conrad_engine.server.commands;"
+        "heavy = {'torch', 'numpy', 'PIL', 'conrad_engine.pipeline', 'conrad_engine.cameras'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_the_welcome_says_who_is_there(client, engine):
+    assert client.welcome.pid == engine.process.pid
+    assert client.status.device == "toy: cpu" and client.status.guidances == ("embedded",)
+    assert engine.connection.protocol == PROTOCOL_VERSION
+
+
+def test_only_loopback_is_bound(engine):
+    port = int(engine.connection.endpoint.rpartition(":")[2])
+    listening = [line.split() for line in open("/proc/net/tcp") if f":{port:04X} " in line and " 0A " in line]
+    assert listening and all(line[1].startswith("0100007F") for line in listening)
+    with socket.create_connection(("127.0.0.1", port), timeout=2):
+        pass
+    with pytest.raises(ProtocolError):
+        EngineClient(engine.connection.endpoint, engine.connection.token).send(Pause("x" * 9000))
