@@ -157,10 +157,10 @@ def small_autoencoder(model: networks.LatentModel):
 
 @pytest.mark.slow
 def test_published_sizes() -> None:
-    """Parameters as counted on the published models: 866 M, 860 M, 860 M, and 34 M for the encoder alone."""
+    """Parameters as counted on the published models."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     meta = torch.device("meta")
-    for model, millions in ((networks.SD21, 865.9), (networks.SD15, 859.5), (networks.ZERO123, 859.5)):
+    for model, millions in ((networks.SD21, 865.9), (networks.ZERO123, 859.5)):
         unet = networks.make_unet(model, meta, torch.float16, is_small=False)
         assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
     vae = networks.make_autoencoder(meta, torch.float16, is_small=False)

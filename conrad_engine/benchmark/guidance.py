@@ -14,7 +14,6 @@ from ..guidance.frozen_encoder import rewrite_encoder
 from ..guidance.fused_norms import fuse_norms
 from .ceilings import Ceilings, count_flop, measure_ceilings
 from .networks import (
-    SD15,
     SD21,
     ZERO123,
     Encoder,
@@ -34,11 +33,10 @@ def run(report: Report, compiles: bool = False) -> None:
     torch.manual_seed(0)
     ceilings = measure_ceilings(report)
     _embedded(report, ceilings)
-    for model in (SD21,) if report.device.type == "cpu" else (SD21, SD15, ZERO123):
+    for model in (SD21,) if report.device.type == "cpu" else (SD21, ZERO123):
         try:
             _unet(report, ceilings, model, compiles)
-            if model is not SD15:
-                _autoencoder(report, ceilings, model, compiles)
+            _autoencoder(report, ceilings, model, compiles)
         except EXPECTED_ERRORS as error:
             report.fail(model.name, error)
 

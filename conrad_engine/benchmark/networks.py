@@ -1,7 +1,7 @@
 """Diffusion networks of the published sizes with random weights: they cost what the real ones cost and know nothing.
 
-Sizes from the models' published `unet/config.json` and `vae/config.json` (Stable Diffusion 2.1-base and 1.5, Zero-1-to-3 in
-diffusers layout, the tiny autoencoder's defaults).
+Sizes from the models' published `unet/config.json` and `vae/config.json` (Stable Diffusion 2.1-base, Zero-1-to-3 in diffusers
+layout, the tiny autoencoder's defaults).
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ class LatentModel:
 
 
 SD21 = LatentModel("SD 2.1", 1, 512, 4, 77, 1024, (5, 10, 20, 20), True, 7.5)
-SD15 = LatentModel("SD 1.5", 1, 512, 4, 77, 768, 8, False, 7.5)
 ZERO123 = LatentModel("Zero123", 4, 256, 8, 1, 768, 8, False, 3.0)
 
 
