@@ -39,7 +39,11 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     _, places = np.unique(vertices, axis=0, return_inverse=True)
     ids = places.reshape(-1)[faces]
     sums = np.stack(
-        [np.bincount(ids.ravel(), np.repeat(face_normals[:, k], 3), minlength=ids.max(initial=-1) + 1) for k in range(3)], 1
+        [
+            np.bincount(ids.ravel(), np.repeat(face_normals[:, k], 3), minlength=ids.max(initial=-1) + 1)
+            for k in range(3)
+        ],
+        1,
     )
     normals = sums[places.reshape(-1)] if len(sums) else np.zeros_like(vertices, np.float64)
     length = np.linalg.norm(normals, axis=1, keepdims=True)
