@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conrad_engine.benchmark import assets, fields, networks, steps
 from conrad_engine.benchmark.__main__ import main
-from conrad_engine.benchmark.ceilings import Ceilings, count_flop
+from conrad_engine.benchmark.ceilings import Ceilings, count_flop, measure_ceilings
 from conrad_engine.benchmark.fields import SMALL_GRID, check_backend
 from conrad_engine.benchmark.guidance import unet_inputs
 from conrad_engine.benchmark.peer import PeerStep
@@ -58,6 +58,14 @@ def test_a_measurement_that_fails_becomes_a_row_and_the_others_go_on(report: Rep
     assert "not measured: RuntimeError: CUDA out of memory" in capsys.readouterr().out
 
 
+def test_rows_go_to_the_section_that_began_last(report: Report) -> None:
+    for section, name in (("one", "a"), ("two", "b"), ("one", "c")):
+        report.begin(section, "explained")
+        report.add(Row(name))
+    found = {name: [row["name"] for row in rows] for name, rows in report.to_json()["sections"].items()}
+    assert found == {"one": ["a", "c"], "two": ["b"]}
+
+
 def test_mistakes_of_the_benchmark_itself_are_not_hidden(report: Report) -> None:
     report.begin("section", "explained")
     with pytest.raises(TypeError):
@@ -87,7 +95,7 @@ def test_operations_of_a_product_forward_and_backward() -> None:
 
 
 def test_fields_section(report: Report) -> None:
-    fields.run(report)
+    fields.run(report, measure_ceilings(report))
     sections = report.to_json()["sections"]
     (errors,) = sections["hash grid, errors"]
     assert set(errors["notes"]) == {"output", "gradient to table", "gradient to positions"}
@@ -202,7 +210,7 @@ def test_a_cap_too_small_stops_the_job(tmp_path: Path) -> None:
 
 
 def test_command_line_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(report: Report) -> None:
+    def fake(report: Report, ceilings: Ceilings) -> None:
         report.begin("hash grid", "explained")
         report.add(Row("torch", Timing(1.0, 1.0, 1.0, 3)))
 
@@ -211,6 +219,7 @@ def test_command_line_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert main(["field", "--device", "cpu", "--threads", "1", "--small", "--json", str(target)]) == 0
     data = json.loads(target.read_text())
     assert data["sections"]["hash grid"][0]["timing"]["median_ms"] == 1.0
+    assert [row["name"] for row in data["sections"]["ceilings"]][-1] == "copy of 16 MiB"
     assert data["machine"]["threads"] == 1 and data["is_small"] is True
 
 

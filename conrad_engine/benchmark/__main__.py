@@ -11,6 +11,7 @@ import torch
 from ..device import resolve_device, set_threads
 from ..errors import ConradError
 from . import assets, fields, guidance, memory, steps
+from .ceilings import Ceilings, measure_ceilings
 from .report import Report
 
 SECTIONS = ("field", "guidance", "step", "asset", "memory")
@@ -42,8 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         set_threads(parsed.threads)
         report = Report(device, parsed.small, parsed.budget)
         print("  ".join(f"{key} {value}" for key, value in report.machine.items()))
+        needs_ceilings = any(section in ("field", "guidance", "step") for section in parsed.sections)
+        ceilings = measure_ceilings(report) if needs_ceilings else None
         for section in parsed.sections:
-            _run(section, report, parsed)
+            _run(section, report, ceilings, parsed)
             if parsed.json is not None:
                 report.write(parsed.json)
     except ConradError as error:
@@ -52,16 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(section: str, report: Report, parsed: argparse.Namespace) -> None:
+def _run(section: str, report: Report, ceilings: Ceilings | None, parsed: argparse.Namespace) -> None:
     on_gpu = report.device.type == "cuda"
     presets = parsed.preset or (["draft", "standard"] if on_gpu else ["draft"])
     match section:
         case "field":
-            fields.run(report)
+            fields.run(report, ceilings)
         case "guidance":
-            guidance.run(report, parsed.compile)
+            guidance.run(report, ceilings, parsed.compile)
         case "step":
-            steps.run(report, parsed.compile)
+            steps.run(report, ceilings, parsed.compile)
         case "asset":
             assets.run(report, presets, parsed.picture)
         case "memory":

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..guidance.embedded.prior import fast_precision
 from ..guidance.frozen_encoder import rewrite_encoder
 from ..guidance.fused_norms import fuse_norms
-from .ceilings import Ceilings, count_flop, measure_ceilings
+from .ceilings import Ceilings, count_flop
 from .networks import (
     SD21,
     ZERO123,
@@ -27,11 +27,10 @@ from .networks import (
 from .report import EXPECTED_ERRORS, Report, relative_error
 
 
-def run(report: Report, compiles: bool = False) -> None:
+def run(report: Report, ceilings: Ceilings, compiles: bool = False) -> None:
     """All priors; `compiles` adds rows of torch.compile, which takes minutes."""
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    ceilings = measure_ceilings(report)
     _embedded(report, ceilings)
     for model in (SD21,) if report.device.type == "cpu" else (SD21, ZERO123):
         try:

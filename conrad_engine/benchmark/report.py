@@ -116,14 +116,15 @@ class Report:
         self.device, self.is_small, self.budget_s = device, is_small, budget_s
         self.machine = describe_machine(device)
         self.sections: dict[str, list[Row]] = {}
+        self._rows: list[Row] = []
 
     def begin(self, section: str, explanation: str) -> None:
-        self.sections[section] = []
+        self._rows = self.sections.setdefault(section, [])
         print(f"\n{section}: {explanation}", flush=True)
         print(f"{'':52}{'median ms':>10}{'low':>9}{'high':>9}{'floor':>9}{'x floor':>8}", flush=True)
 
     def add(self, row: Row) -> None:
-        list(self.sections.values())[-1].append(row)
+        self._rows.append(row)
         print(format_row(row), flush=True)
 
     def add_timing(self, name: str, timing: Timing, floor_ms: float | None = None, notes: Notes | None = None) -> None:

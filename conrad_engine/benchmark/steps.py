@@ -21,7 +21,7 @@ from ..guidance.frozen_encoder import rewrite_encoder
 from ..guidance.fused_norms import fuse_norms
 from ..optimize import make_state, train_step
 from ..rendering.renderer import render_rays
-from .ceilings import Ceilings, count_flop, measure_ceilings
+from .ceilings import Ceilings, count_flop
 from .fields import PAPER_GRID, SMALL_GRID, orbit_cameras, unit_box
 from .guidance import channels_last, half, unet_inputs
 from .networks import (
@@ -39,11 +39,10 @@ from .peer import PeerStep
 from .report import EXPECTED_ERRORS, Report, Row, Timing
 
 
-def run(report: Report, compiles: bool = False) -> None:
+def run(report: Report, ceilings: Ceilings, compiles: bool = False) -> None:
     """All steps; `compiles` compiles the latent models' networks, which takes minutes."""
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    ceilings = measure_ceilings(report)
     _loop(report)
     _embedded(report)
     for model in (SD21,) if report.device.type == "cpu" else (SD21, ZERO123):
