@@ -155,6 +155,24 @@ class _Wanted:
         return choose_files(files, self.present(files), self.weights) + list(self.single_files)
 
 
+def describe(model: str, weights: WeightsConfig) -> str:
+    """One sentence about a model for a person: where it is, under which licence; asks no network.
+
+    Raises:
+        MissingDependency: The hub's client is not installed.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        cached = _cached(model, weights.revision) or _cached(SUCCESSORS.get(model, model), weights.revision)
+        if cached is None:
+            gone = f" (its owner deleted it; {SUCCESSORS[model]} is a copy)" if model in SUCCESSORS else ""
+            return f"{model}: not on this machine{gone}; license {license_of(model)}"
+        folder = cached
+    reasons = _Wanted(ALL, (), (), weights).unusable(list_files(folder))
+    state = "usable" if not reasons else _refusal(model, reasons)
+    return f"{model}: in {folder}, license {license_of(model, folder)}; {state}"
+
+
 def _find(model: str, wanted: _Wanted) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -288,14 +306,25 @@ def load_component(folder: Path, name: str, kind: type, dtype: torch.dtype, weig
     if issubclass(kind, ModelMixin):
         options["torch_dtype"] = dtype  # Without it diffusers would unfold half-precision files to float32 on the way.
     try:
-        network = kind.from_pretrained(
-            folder, variant=match["variant"], use_safetensors=match["kind"] == "safetensors", **options
+        network, info = kind.from_pretrained(
+            folder,
+            variant=match["variant"],
+            use_safetensors=match["kind"] == "safetensors",
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GuidanceError(
             f"{name or 'the network'} of {folder} cannot be read as {kind.__name__}: {reason}"
         ) from None
+    # Both libraries fill what a file lacks with random numbers and only warn.
+    if info["missing_keys"]:
+        lacking = sorted(info["missing_keys"])
+        raise GuidanceError(
+            f"{files[0]} of {folder} lacks {len(lacking)} tensors of {kind.__name__}, such as {lacking[0]}: it is incomplete, "
+            "or the weights of another network"
+        )
     # diffusers has read it in this type already, and warns of a second conversion.
     network = network if isinstance(network, ModelMixin) else network.to(dtype)
     return network.eval().requires_grad_(False)

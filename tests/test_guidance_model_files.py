@@ -238,3 +238,50 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingDependency, match=r"pip install conrad-engine\[sd\]"):
         model_files.require_diffusers()
+
+
+def test_a_model_is_described_without_a_network(folder, cache):
+    assert "not on this machine; license MIT" in model_files.describe("kxic/zero123-xl", PLAIN)
+    gone = model_files.describe("runwayml/stable-diffusion-v1-5", PLAIN)
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5 is a copy" in gone and "OpenRAIL-M" in gone
+    assert model_files.describe(str(folder), PLAIN).endswith("license creativeml-openrail-m; usable")
+    root = tiny.to_hub_cache(folder, cache, "someone/tiny-model")
+    assert "usable" in model_files.describe("someone/tiny-model", PLAIN)
+    next(root.glob("snapshots/*/vae/diffusion_pytorch_model.safetensors")).unlink()
+    next(root.glob("snapshots/*/vae/diffusion_pytorch_model.fp16.safetensors")).unlink()
+    assert "lacks vae" in model_files.describe("someone/tiny-model", PLAIN)
+
+
+def test_weights_under_their_published_names_are_read_as_written(folder):
+    """Old names of the text encoder and of the autoencoder's attention; a wrong one would be filled at random."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file
+    from transformers import CLIPTextModel
+
+    written = load_file(folder / "text_encoder" / "model.safetensors")
+    encoder = model_files.load_component(folder, "text_encoder", CLIPTextModel, torch.float32, PLAIN)
+    table = written["text_model.embeddings.token_embedding.weight"]
+    assert torch.equal(encoder.get_input_embeddings().weight, table)
+    found = {key.removeprefix("text_model."): value for key, value in encoder.state_dict().items()}
+    layer = "encoder.layers.2.self_attn.q_proj.weight"
+    assert torch.equal(found[layer], written[f"text_model.{layer}"])
+    written = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    vae = model_files.load_component(folder, "vae", AutoencoderKL, torch.float32, PLAIN)
+    old = written["encoder.mid_block.attentions.0.query.weight"]
+    assert torch.equal(vae.encoder.mid_block.attentions[0].to_q.weight, old)
+
+
+@pytest.mark.parametrize(("component", "name"), [("unet", "UNet2DConditionModel"), ("text_encoder", "CLIPTextModel")])
+def test_a_file_that_lacks_tensors_is_refused(tmp_path, component, name):
+    import diffusers
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.write_stable_diffusion(tmp_path / "sd1")
+    file = next(f for f in (folder / component).glob("*.safetensors") if "fp16" not in f.name)
+    state = load_file(file)
+    del state[sorted(key for key in state if key.endswith("weight"))[-1]]
+    save_file(state, file, {"format": "pt"})
+    kind = getattr(diffusers, name, None) or getattr(transformers, name)
+    with pytest.raises(GuidanceError, match=f"lacks 1 tensors of {name}"):
+        model_files.load_component(folder, component, kind, torch.float32, PLAIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -234,6 +235,29 @@ def test_a_model_without_the_pose_projection_is_refused(tmp_path):
     (broken / "cc_projection" / "config.json").unlink()
     with pytest.raises(GuidanceError, match="not a Zero123 in diffusers layout"):
         make_guidance(Zero123Config(model=str(broken)), CPU)
+
+
+def test_the_published_pickles_are_read_when_allowed(folder, reference, tmp_path):
+    """As `kxic/zero123-xl` was published: every network in a .bin file."""
+    pickled = tiny.write_zero123(tmp_path / "model")
+    for component in ("unet", "vae", "image_encoder", "cc_projection"):
+        tiny.to_pickles(pickled, component)
+    with pytest.raises(GuidanceError, match="no safetensors for unet, vae, image_encoder, cc_projection"):
+        make_guidance(Zero123Config(model=str(pickled)), CPU)
+    trusting = Zero123Config(model=str(pickled), weights=WeightsConfig(allow_pickle=True))
+    results = []
+    for config in (trusting, Zero123Config(model=str(folder))):
+        guidance = make_guidance(config, CPU)
+        guidance.set_reference(reference)
+        results.append(guidance.gradient(views_rgba(), VIEWS, 0.1, torch.Generator().manual_seed(0)).gradient)
+    torch.testing.assert_close(results[0], results[1], atol=0, rtol=0)
+
+
+def test_pictures_have_the_size_of_the_training(tmp_path):
+    large = tiny.write_zero123(tmp_path / "model")
+    settings = json.loads((large / "unet" / "config.json").read_text())
+    (large / "unet" / "config.json").write_text(json.dumps(settings | {"sample_size": 64}))
+    assert make_guidance(Zero123Config(model=str(large)), CPU).picture_size == 256
 
 
 def test_gradient_before_the_reference_is_a_callers_mistake(folder):

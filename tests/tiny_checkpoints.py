@@ -92,6 +92,27 @@ def _vision():
     return CLIPVisionModelWithProjection(config)
 
 
+PUBLISHED_NAMES = {
+    "text_encoder": lambda key: key if key.startswith("text_model.") else f"text_model.{key}",
+    "vae": lambda key: (
+        key.replace(".to_q.", ".query.")
+        .replace(".to_k.", ".key.")
+        .replace(".to_v.", ".value.")
+        .replace(".to_out.0.", ".proj_attn.")
+    ),
+}
+"""Stable Diffusion's repositories were written by older libraries, under these names."""
+
+
+def _to_published_names(folder: Path) -> None:
+    for component, rename in PUBLISHED_NAMES.items():
+        for file in (folder / component).glob("*.safetensors"):
+            state = {rename(key): value for key, value in load_file(file).items()}
+            if component == "text_encoder":
+                state["text_model.embeddings.position_ids"] = torch.arange(N_TOKENS)[None]
+            save_file(state, file, {"format": "pt"})
+
+
 def write_tokenizer(folder: Path) -> None:
     """A byte-level CLIP vocabulary without merges: every byte is a token, 512 of them, and the two ends."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -156,6 +177,7 @@ def write_stable_diffusion(folder: Path, kind: str = "sd1") -> Path:
         }
     _save(_unet(40, **changes), folder / "unet")
     _save(_vae(force_upcast=kind == "xl", scaling_factor=0.13025 if kind == "xl" else 0.18215), folder / "vae")
+    _to_published_names(folder)
     options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     if kind == "xl":
         EulerDiscreteScheduler(**options).save_pretrained(folder / "scheduler")

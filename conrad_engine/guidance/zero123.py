@@ -40,6 +40,8 @@ PROJECTIONS = {"cc_projection": "projection", "clip_camera_projection": "proj"}
 """Names of the pose projection in the two published conversions to diffusers, and of its linear layer."""
 TRAINING_FOV_RAD = 2 * math.atan(32 / 2 / 35)
 """Zero123's pictures were rendered through a lens of 35 mm on a sensor of 32 mm: 49.1 degrees."""
+TRAINING_SIZE = 256
+"""Pixels a side of Zero123's pictures."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -111,7 +113,8 @@ class Zero123Guidance:
         self.image_encoder = encoder.to(device if plan.keeps_encoders else "cpu")
         self.projection = load_projection(folder, weights).to(device)
         space = load_latent_space(folder, weights, device)
-        self.picture_size = int(unet.config.sample_size) * space.factor
+        # Conversions may carry Stable Diffusion's sample size; the network was trained at this one.
+        self.picture_size = min(TRAINING_SIZE, int(unet.config.sample_size) * space.factor)
         schedule = NoiseSchedule.read(folder, device)
         self.distiller = Distiller(space, schedule, unet, self._denoiser, config, plan, self.picture_size)
         self.reference: Camera | None = None
