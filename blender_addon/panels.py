@@ -381,6 +381,9 @@ class Results(ConradPanel):
         thumbnail = thumbnails.icon_of(job.id)
         if thumbnail:
             layout.template_icon(thumbnail, scale=7.0)
+        is_shown_above = job is link.session().table.shown()
+        if is_shown_above:
+            return
         words = job.status() if job.is_active or job.state_name == "remembered" else self._summary(job)
         wrapped(layout, words, context.region.width, "ERROR" if job.problem or job.state_name == "failed" else "NONE")
         if job.state is not None and job.state.error_hint:
@@ -524,6 +527,7 @@ def draw_preferences(
         body.prop(chosen, "find_links")
         body.prop(chosen, "is_offline")
         body.prop(chosen, "pip_options")
+        body.prop(chosen, "engine_options")
     header, body = layout.panel("conrad_remote", default_closed=not chosen.use_remote)
     header.label(text="Remote Engine")
     if body is not None:

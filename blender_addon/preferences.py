@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import bpy
@@ -33,6 +34,9 @@ class ConradPreferences(bpy.types.AddonPreferences):
     )
     pip_options: StringProperty(
         name="More Options for pip", description="Such as --index-url with the address of another torch build"
+    )
+    engine_options: StringProperty(
+        name="More Options for the Engine", description="Such as --devices cuda:0,cuda:1; see conrad serve --help"
     )
     device: EnumProperty(
         name="Device",
@@ -125,6 +129,7 @@ def engine_settings() -> EngineSettings:
         else str(default_data_folder()),
         device=preferences.device,
         idle_minutes=preferences.idle_minutes,
+        extra_arguments=tuple(shlex.split(preferences.engine_options)),
         remote_endpoint=preferences.remote_endpoint if preferences.use_remote else "",
         server_key_file=bpy.path.abspath(preferences.server_key_file),
         client_key_file=bpy.path.abspath(preferences.client_key_file),

@@ -139,9 +139,7 @@ class ConradSettings(bpy.types.PropertyGroup):
         subtype="ANGLE",
         description="Of the picture's larger side, while no reference camera is set",
     )
-    is_elevation_guess: BoolProperty(
-        name="Only a Guess", description="Let the prior treat the elevation as uncertain"
-    )
+    is_elevation_guess: BoolProperty(name="Only a Guess", description="Let the prior treat the elevation as uncertain")
     camera: PointerProperty(
         name="Camera",
         type=bpy.types.Object,

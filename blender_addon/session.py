@@ -82,7 +82,7 @@ class EngineSettings:
 
     def arguments(self) -> list[str]:
         """Of `conrad serve`."""
-        words = ["--device", self.device]
+        words = ["--devices", self.device]
         words += ["--data", self.data_folder] if self.data_folder else []
         words += ["--idle-timeout", str(self.idle_minutes * 60)] if self.idle_minutes else []
         return [*words, *self.extra_arguments]

@@ -12,7 +12,7 @@ import numpy as np
 from . import link
 from .session import Event
 
-LIVE_SIZE = 256
+LIVE_SIZE, ICON_SIZE = 256, 32
 LIVE_EVERY_S = 0.25
 
 _icons: bpy.utils.previews.ImagePreviewCollection | None = None
@@ -50,7 +50,7 @@ def _take(events: list[Event]) -> None:
             _load(job.id, job.thumbnail)
         if event.kind == "job" and job.preview is not None and not job.is_active and job.id not in _icons:
             # Until a better one comes: what was seen last.
-            _show(job.id, rgba_of(job.preview.rgb.shape, job.preview.rgb.data))
+            _show(job.id, cropped(rgba_of(job.preview.rgb.shape, job.preview.rgb.data)))
         if event.kind == "preview" and job.preview is not None and monotonic() - _live_at > LIVE_EVERY_S:
             _live_job, _live_at = job.id, monotonic()
             _show("live", rgba_of(job.preview.rgb.shape, job.preview.rgb.data))
@@ -74,6 +74,12 @@ def rgba_of(shape: tuple[int, ...], data: bytes | memoryview) -> np.ndarray:
     return rgba
 
 
+def cropped(rgba: np.ndarray) -> np.ndarray:
+    """The part of a picture that is not transparent."""
+    rows, columns = np.flatnonzero(rgba[..., 3].any(1)), np.flatnonzero(rgba[..., 3].any(0))
+    return rgba[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else rgba
+
+
 def _show(name: str, rgba: np.ndarray) -> None:
     """Put a preview into an icon, centered on a transparent square."""
     stride = max(1, -(-max(rgba.shape[:2]) // LIVE_SIZE))
@@ -89,6 +95,12 @@ def _show(name: str, rgba: np.ndarray) -> None:
     if tuple(preview.image_size) != (side, side):
         preview.image_size = side, side
     preview.image_pixels_float.foreach_set(square.ravel())
+    if name != "live":
+        # Lists draw the small icon.
+        index = (np.arange(ICON_SIZE) + 0.5) * side / ICON_SIZE
+        preview.icon_size = ICON_SIZE, ICON_SIZE
+        icon = np.ascontiguousarray(square[index.astype(int)][:, index.astype(int)])
+        preview.icon_pixels_float.foreach_set(icon.ravel())
 
 
 def register() -> None:

@@ -1,6 +1,6 @@
 """What every script inside bpy starts with: the built zip is installed as an extension, as an artist would.
 
-    BLENDER_USER_RESOURCES=EMPTY_FOLDER PYTHON_WITH_BPY SCRIPT.py ZIP
+BLENDER_USER_RESOURCES=EMPTY_FOLDER PYTHON_WITH_BPY SCRIPT.py ZIP
 """
 
 from __future__ import annotations

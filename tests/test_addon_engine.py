@@ -1,0 +1,303 @@
+"""The add-on's engine process, set-up and session, without Blender: real processes, real engines with a toy pipeline."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from blender_addon import engine_setup
+from blender_addon.child import Child, clean_environment, tail
+from blender_addon.jobs import JobTable, Notes
+from blender_addon.launcher import MAX_FAILURES, CannotStart, Launcher
+from blender_addon.protocol import Cancel, Keep, Resume
+from blender_addon.session import EngineSettings, Session, State, with_result_wanted
+from tests.engine_process import ROOT, running, toy_job
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in interpreters are shell scripts")
+
+
+def script(path: Path, body: str) -> str:
+    """An executable that Python code stands behind; it gets the arguments an interpreter would."""
+    code = path.with_suffix(".code.py")
+    code.write_text(body)
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{code}" "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def until(is_true, within_s: float = 10.0) -> None:
+    end = time.monotonic() + within_s
+    while not is_true():
+        time.sleep(0.01)
+        assert time.monotonic() < end, "not in time"
+
+
+ANNOUNCE = """
+import json, os, sys, time
+print("some other line")
+print(json.dumps(dict(endpoint="tcp://127.0.0.1:1", version="1", protocol=1, pid=os.getpid(), token="t")), flush=True)
+"""
+
+
+def test_the_launcher_reads_the_announcement_and_passes_the_parent(tmp_path):
+    python = script(
+        tmp_path / "python", ANNOUNCE + f"open({str(tmp_path / 'args')!r}, 'w').write(repr(sys.argv)); time.sleep(60)"
+    )
+    launcher = Launcher(tmp_path / "folder")
+    launcher.start(python, ["--data", "x"], by_person=True)
+    until(lambda: launcher.poll() == "announced")
+    assert launcher.announcement.endpoint == "tcp://127.0.0.1:1" and launcher.announcement.token == "t"
+    until((tmp_path / "args").exists)
+    arguments = eval((tmp_path / "args").read_text())[1:]
+    assert arguments == ["-I", "-m", "conrad_engine", "serve", "--parent-pid", str(os.getpid()), "--data", "x"]
+    announced = tmp_path / "folder" / "engine.announce"
+    assert stat.S_IMODE(announced.stat().st_mode) == 0o600, "the token is the owner's alone"
+    process = launcher.child.process
+    launcher.end()
+    assert process.poll() is not None and not announced.exists()
+
+
+def test_a_crash_is_reported_with_its_log_and_the_breaker_opens(tmp_path):
+    python = script(tmp_path / "python", "import sys; print('no such library', file=sys.stderr); sys.exit(7)")
+    launcher = Launcher(tmp_path)
+    now = time.monotonic()
+    for k in range(MAX_FAILURES):
+        launcher.start(python, [], by_person=False, now=now + 10 * k)
+        until(lambda: launcher.poll() == "ended")
+        assert launcher.exit_code == 7 and "no such library" in launcher.crash_report()
+    with pytest.raises(CannotStart, match="3 times in a row"):
+        launcher.start(python, [], by_person=False, now=now + 100)
+    launcher.start(python, [], by_person=True)
+    until(lambda: launcher.poll() == "ended")
+
+
+def test_no_restart_within_five_seconds(tmp_path):
+    launcher = Launcher(tmp_path)
+    python = script(tmp_path / "python", "raise SystemExit(1)")
+    launcher.start(python, [], by_person=False, now=100.0)
+    until(lambda: launcher.poll(100.0) == "ended")
+    with pytest.raises(CannotStart, match="wait a moment"):
+        launcher.start(python, [], by_person=False, now=102.0)
+    launcher.start(python, [], by_person=False, now=106.0)
+    launcher.end()
+
+
+def test_an_interpreter_that_is_not_there(tmp_path):
+    with pytest.raises(CannotStart, match="cannot be started"):
+        Launcher(tmp_path).start(str(tmp_path / "none"), [], by_person=True)
+
+
+def test_an_engine_that_does_not_stop_is_killed_and_no_other(tmp_path):
+    stubborn = script(
+        tmp_path / "python", ANNOUNCE + "import signal; signal.signal(15, signal.SIG_IGN)\ntime.sleep(60)"
+    )
+    launcher = Launcher(tmp_path / "folder")
+    launcher.start(stubborn, [], by_person=True)
+    until(lambda: launcher.poll() == "announced")
+    now = time.monotonic()
+    launcher.ask_to_stop(now)
+    assert launcher.poll(now + 1) == "" and launcher.is_running
+    launcher.poll(now + 4)
+    time.sleep(0.1)
+    assert launcher.is_running, "it ignores the polite signal"
+    launcher.poll(now + 7)
+    until(lambda: launcher.poll(now + 7) == "ended")
+    assert launcher.exit_code is None, "an end that was asked for is no crash"
+
+
+def test_children_do_not_inherit_blenders_python(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/blender")
+    monkeypatch.setenv("PYTHONHOME", "/blender")
+    assert not [name for name in clean_environment() if name.startswith("PYTHON")]
+    child = Child([sys.executable, "-c", "import os; print(os.environ.get('PYTHONPATH'))"], tmp_path / "log")
+    until(lambda: child.poll() is not None)
+    assert tail(tmp_path / "log") == ["None"]
+
+
+# Set-up
+
+
+def make_wheel(folder: Path, doctor: str = '{"ok": true, "version": "9", "python": "3", "torch": "2"}') -> Path:
+    """A wheel of a package called conrad_engine that only knows `doctor`."""
+    path = folder / "conrad_engine-9-py3-none-any.whl"
+    info = "conrad_engine-9.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("conrad_engine/__init__.py", "")
+        wheel.writestr("conrad_engine/__main__.py", f"print({doctor!r})")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: conrad-engine\nVersion: 9\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def finish(setup: engine_setup.SetUp, within_s: float = 60.0) -> None:
+    until(lambda: setup.poll() or setup.is_done, within_s)
+
+
+@pytest.mark.slow
+def test_set_up_makes_its_own_environment_and_repairs_it(tmp_path):
+    wheel = make_wheel(tmp_path)
+    options = {"preferred_python": sys.executable, "is_offline": True, "forbidden_prefix": "/blender"}
+    setup = engine_setup.SetUp(tmp_path / "engine", wheel, find_links=str(tmp_path), **options)
+    finish(setup)
+    assert not setup.error and setup.doctor.is_ok and setup.doctor.version == "9"
+    assert engine_setup.is_complete(tmp_path / "engine")
+    assert engine_setup.installed_wheel(tmp_path / "engine") == wheel.name
+    python = engine_setup.environment_python(tmp_path / "engine" / "environment")
+    assert python.exists() and "Installing" in (tmp_path / "engine" / "setup.log").read_text()
+    # Damaged, then cancelled in the middle, then repaired.
+    (python.parent.parent / "pyvenv.cfg").unlink()
+    setup = engine_setup.SetUp(tmp_path / "engine", wheel, find_links=str(tmp_path), **options)
+    until(lambda: setup.poll() or setup.progress[0] > 0.01)
+    setup.cancel()
+    assert "cancelled" in setup.error and not engine_setup.is_complete(tmp_path / "engine")
+    setup = engine_setup.SetUp(tmp_path / "engine", wheel, find_links=str(tmp_path), **options)
+    finish(setup)
+    assert not setup.error and engine_setup.is_complete(tmp_path / "engine")
+
+
+def test_set_up_never_builds_on_blenders_python(tmp_path):
+    setup = engine_setup.SetUp(
+        tmp_path / "engine", make_wheel(tmp_path), sys.executable, forbidden_prefix=sys.base_prefix
+    )
+    finish(setup)
+    assert "is Blender's own" in setup.error and not (tmp_path / "engine" / "environment").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"), [("raise SystemExit(1)", "does not run"), ("print('3 9'); print('/usr')", "is Python 3.9")]
+)
+def test_set_up_says_what_is_wrong_with_a_python(tmp_path, body, reason):
+    setup = engine_setup.SetUp(tmp_path / "engine", make_wheel(tmp_path), script(tmp_path / "python", body))
+    finish(setup)
+    assert reason in setup.error and "3.11" in setup.error
+
+
+def test_doctor_answers_are_read_strictly():
+    good = engine_setup.Doctor.from_text(
+        'warning\n{"ok": false, "memory_bytes": 5, "missing": [{"name": "x", "command": "pip install x"}]}', 0
+    )
+    assert not good.is_ok and good.missing == (("x", "pip install x"),) and good.memory_bytes == 5
+    assert "gave no answer: boom" in engine_setup.Doctor.from_text("Traceback\nboom", 1).problem
+    assert engine_setup.Doctor.from_text('{"missing": [1]}', 0).problem
+
+
+# Session
+
+
+def make_session(folder: Path, data: Path | None, python: str = "") -> Session:
+    session = Session(Launcher(folder), JobTable(folder / "jobs"))
+    session.settings = EngineSettings(python=python, data_folder=str(data) if data else "")
+    return session
+
+
+def poll_until(session: Session, is_true, within_s: float = 20.0) -> list:
+    events = []
+    end = time.monotonic() + within_s
+    while not is_true():
+        events += session.poll()
+        time.sleep(0.01)
+        assert time.monotonic() < end, f"not in time: {session.state_line()}"
+    return events
+
+
+def test_a_session_finds_an_engine_and_runs_a_job_to_its_arrays(tmp_path):
+    with running(tmp_path / "data") as engine:
+        session = make_session(tmp_path / "blender", engine.folder)
+        request = toy_job(20)
+        job = session.submit(request, Notes(request.job, "toy"))
+        events = poll_until(session, lambda: job.state_name == "done")
+        assert {"job", "engine"} <= {event.kind for event in events} and job.result_number == 1 and job.is_waiting
+        poll_until(session, lambda: "Ready - toy: cpu" in session.state_line())
+        with_result_wanted(session, job)
+        poll_until(session, lambda: job.result is not None)
+        assert job.result.faces.shape == (100, 3)
+        session.table.imported(job, 1)
+        assert not job.is_waiting
+        session.end()
+        # Another Blender later: notes say that it was imported.
+        later = make_session(tmp_path / "blender", engine.folder)
+        assert later.table.jobs[job.id].state_name == "remembered"
+        later.want()
+        poll_until(later, lambda: later.table.jobs[job.id].state is not None)
+        assert not later.table.jobs[job.id].is_waiting
+        later.forget(later.table.jobs[job.id])
+        poll_until(later, lambda: job.id not in later.table.jobs)
+        assert not list((tmp_path / "blender" / "jobs").glob("*"))
+        later.end()
+
+
+def test_keep_cancel_and_resume(tmp_path):
+    with running(tmp_path / "data") as engine:
+        session = make_session(tmp_path / "blender", engine.folder)
+        request = toy_job(10_000, '{"delay_s": 0.005}')
+        job = session.submit(request, Notes(request.job))
+        poll_until(session, lambda: job.progress is not None and job.progress.step > 5)
+        assert "Optimizing" in job.status() and 0 < job.factor < 1
+        session.ask(Keep(job.id))
+        poll_until(session, lambda: job.state_name == "done")
+        assert job.state.metrics["steps"] < 10_000
+        request = toy_job(10_000, '{"delay_s": 0.005}')
+        job = session.submit(request, Notes(request.job))
+        poll_until(session, lambda: job.progress is not None and job.progress.step > 5)
+        session.ask(Cancel(job.id))
+        poll_until(session, lambda: job.state_name == "cancelled")
+        session.ask(Resume(job.id))
+        poll_until(session, lambda: job.progress is not None and job.progress.step > 5)
+        session.end()
+
+
+def test_a_refused_job_says_why(tmp_path):
+    with running(tmp_path / "data") as engine:
+        session = make_session(tmp_path / "blender", engine.folder)
+        request = toy_job(10, preset="none such")
+        job = session.submit(request, Notes(request.job))
+        poll_until(session, lambda: job.state_name == "failed")
+        assert "none such" in job.status() and not job.is_active
+        session.end()
+
+
+def test_a_killed_engine_loses_no_job(tmp_path, monkeypatch):
+    """The engine found first is killed; the session starts its own on the same folder and the job goes on."""
+    monkeypatch.setattr("blender_addon.launcher.MIN_PAUSE_S", 0.2)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import os; os.environ['PYTHONPATH'] = sys.path[0]\n"
+        "from pathlib import Path\nfrom conrad_engine.server.serve import Options, serve\n"
+        "from conrad_engine.server.server import Life\n"
+        "data = sys.argv[sys.argv.index('--data') + 1]\n"
+        "serve(Options(Path(data), devices=('cpu',), pipeline='tests.toy_pipeline', life=Life(int(sys.argv[6]), None)))"
+    )
+    python = script(tmp_path / "python", code)
+    session = make_session(tmp_path / "blender", tmp_path / "data", python)
+    request = toy_job(300, '{"delay_s": 0.01}')
+    job = session.submit(request, Notes(request.job))
+    poll_until(session, lambda: job.progress is not None and job.progress.step > 30)
+    session.launcher.child.process.kill()
+    poll_until(session, lambda: not session.launcher.is_running)
+    assert job.is_active and session.wants_engine
+    poll_until(session, lambda: job.state_name == "done", within_s=40)
+    assert job.state.metrics["steps"] == 300
+    session.stop()
+    poll_until(session, lambda: not session.launcher.is_running)
+    assert session.state is State.STOPPED
+    session.end()
+
+
+def test_without_an_engine_the_session_says_so(tmp_path):
+    session = make_session(tmp_path, None)
+    session.want(by_person=True)
+    session.poll()
+    assert session.state is State.NOT_SET_UP and session.state_line() == "Not Set Up"
+    session.settings = EngineSettings(python=script(tmp_path / "python", "raise SystemExit('torch is missing')"))
+    session.want(by_person=True)
+    poll_until(session, lambda: session.state is State.CRASHED)
+    assert "exit code 1" in session.state_line() and "torch is missing" in session.launcher.crash_report()
