@@ -84,15 +84,24 @@ def _least_squares(sources: np.ndarray, targets: np.ndarray) -> ScaleTranslation
     return ScaleTranslation(scale, mean_target - scale * mean)
 
 
+def nearest_distances(points: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every point to the truth, and of every true point to the points."""
+    return cKDTree(truth).query(points)[0], cKDTree(points).query(truth)[0]
+
+
 def chamfer(points: np.ndarray, truth: np.ndarray) -> float:
     """Mean of the two mean distances to the nearest point of the other set (not squared, not summed)."""
-    return float((cKDTree(truth).query(points)[0].mean() + cKDTree(points).query(truth)[0].mean()) / 2)
+    to_truth, to_points = nearest_distances(points, truth)
+    return float((to_truth.mean() + to_points.mean()) / 2)
 
 
 def f_score(points: np.ndarray, truth: np.ndarray, distance: float = F_SCORE_DISTANCE) -> float:
     """Harmonic mean of the shares of points, and of true points, that have the other set within `distance`."""
-    precision = (cKDTree(truth).query(points)[0] < distance).mean()
-    recall = (cKDTree(points).query(truth)[0] < distance).mean()
+    return _f_score(*nearest_distances(points, truth), distance)
+
+
+def _f_score(to_truth: np.ndarray, to_points: np.ndarray, distance: float) -> float:
+    precision, recall = (to_truth < distance).mean(), (to_points < distance).mean()
     return float(2 * precision * recall / (precision + recall)) if precision + recall > 0 else 0.0
 
 
@@ -110,14 +119,12 @@ def shape_scores(vertices: np.ndarray, faces: np.ndarray, truth_points: np.ndarr
     points, truth = points / unit, truth_points / unit
     few = [x[rng.permutation(len(x))[:N_ALIGN_POINTS]] for x in (points, truth)]
     alignment = align(*few)
-    moved = alignment(points)
-    return {
-        "chamfer": chamfer(moved, truth),
-        "f_score": f_score(moved, truth),
-        "chamfer_unaligned": chamfer(points, truth),
-        "f_score_unaligned": f_score(points, truth),
-        "scale": alignment.scale,
-    }
+    scores = {"scale": alignment.scale}
+    for suffix, moved in (("", alignment(points)), ("_unaligned", points)):
+        to_truth, to_points = nearest_distances(moved, truth)
+        scores[f"chamfer{suffix}"] = float((to_truth.mean() + to_points.mean()) / 2)
+        scores[f"f_score{suffix}"] = _f_score(to_truth, to_points, F_SCORE_DISTANCE)
+    return scores
 
 
 def topology(vertices: np.ndarray, faces: np.ndarray) -> dict[str, float]:
