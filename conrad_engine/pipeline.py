@@ -34,7 +34,7 @@ from .guidance import make_guidance
 from .guidance.interfaces import Guidance, ReferencePicture
 from .mesh.glb import load_mesh
 from .mesh.occupancy import signed_distance_grid
-from .mesh.types import Mesh
+from .mesh.mesh import Mesh
 from .monitor import Monitor, Progress
 from .optimize import State, make_state, memory_bytes, n_total_steps, optimize
 from .preprocess.framing import Frame, condition_picture, frame_object
@@ -72,7 +72,7 @@ class JobResult:
 
     @property
     def mesh(self):
-        """The textured mesh; see `mesh.types.TexturedMesh`."""
+        """The textured mesh; see `mesh.mesh.TexturedMesh`."""
         return self.finished.mesh
 
     @property

@@ -5,8 +5,8 @@ set is f = min(max(field, sheet), hull), each a signed distance in world units, 
 
 - field: log density against the level, in cells; zero where density equals the level.
 - hull: how far a point lies inside the silhouette of every picture (the exact visual hull).
-- sheet: a thin skin at the surface that each picture's rays met, so that every pixel of the object is covered even where a
-  thin leg is weaker than the level.
+- sheet: where the field at this level leaves a part of the silhouette open (a thin leg that is weaker than the level), a thin
+  skin at the distance that the picture's rays met there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter, label
 from torch import Tensor
 
 from ..cameras import Camera
@@ -34,8 +34,10 @@ log = logging.getLogger(__name__)
 COARSE_CELLS = 40
 LEVELS = (4.0, 8.0, 15.0, 25.0, 40.0)
 """Densities tried as the surface, per world unit."""
-LEVEL_SILHOUETTE = 192
-"""Pixels of the silhouettes by which levels are compared."""
+SILHOUETTE = 256
+"""Pixels along the longer side of the silhouettes that are compared."""
+RIM_PX = 2
+"""A gap no wider than this, at `SILHOUETTE`, is the outline's error and no missing part."""
 CHUNK = 1 << 20
 SHEET_CELLS = 1.0
 """Half thickness of the sheet in cells: marching cubes still sees it."""
@@ -110,22 +112,23 @@ def extract_mesh(
     with torch.no_grad():
         grid = _tight_grid(lambda p: density(p.to(device)), aabb.cpu().numpy(), config.resolution)
         densities = grid.evaluate(lambda p: density(p.to(device)))
-        hull = np.minimum.reduce([_on_grid(grid, view, _hull) for view in views]) if views else None
-        sheet = np.maximum.reduce([_on_grid(grid, view, _sheet) for view in views]) if views else None
+        hull = np.minimum.reduce([grid.evaluate(_hull(view)) for view in views]) if views else None
     levels = [config.level] if config.level > 0 else [value for value in LEVELS if value < densities.max()]
     if not levels or densities.max() <= levels[0]:
         raise MeshError(NO_SURFACE)
-    candidates = [(grid.surface(_level_set(densities, level, grid.cell, hull, sheet)), level) for level in levels]
-    candidates = [(mesh, level) for mesh, level in candidates if len(mesh.faces)]
-    if not candidates:
+    level_sets = [_level_set(densities, level, grid.cell, hull) for level in levels]
+    meshes = [grid.surface(values) for values in level_sets]
+    scores = [_silhouette_iou(mesh, views[0]) if views else -abs(level - 15) for mesh, level in zip(meshes, levels)]
+    best = int(np.argmax(scores))
+    log.info("surface levels %s match the silhouette by %s", levels, [round(score, 3) for score in scores])
+    sheets = [_sheet(view, meshes[best], grid.cell) for view in views]
+    if any(sheet is not None for sheet in sheets):
+        skin = np.maximum.reduce([grid.evaluate(sheet) for sheet in sheets if sheet is not None])
+        covered = np.minimum(np.maximum(level_sets[best], skin), hull)
+        return Extracted(grid.surface(covered), levels[best])
+    if not len(meshes[best].faces):
         raise MeshError(NO_SURFACE)
-    if len(candidates) == 1 or not views:
-        return Extracted(*candidates[len(candidates) // 2])
-    # The sheet covers the mask at any level, so the level is judged without it: by the field's own silhouette.
-    own = [grid.surface(_level_set(densities, level, grid.cell, hull, None)) for _, level in candidates]
-    scores = [_silhouette_iou(mesh, views[0]) for mesh in own]
-    log.info("surface levels %s match the silhouette by %s", levels, [round(s, 3) for s in scores])
-    return Extracted(*candidates[int(np.argmax(scores))])
+    return Extracted(meshes[best], levels[best])
 
 
 def _tight_grid(density: Callable[[Tensor], Tensor], aabb: np.ndarray, n_cells: int) -> _Grid:
@@ -139,30 +142,27 @@ def _tight_grid(density: Callable[[Tensor], Tensor], aabb: np.ndarray, n_cells: 
     return _grid_over(np.maximum(low, aabb[0]), np.minimum(high, aabb[1]), n_cells)
 
 
-def _level_set(
-    densities: np.ndarray, level: float, cell: float, hull: np.ndarray | None, sheet: np.ndarray | None
-) -> np.ndarray:
+def _level_set(densities: np.ndarray, level: float, cell: float, hull: np.ndarray | None) -> np.ndarray:
     """Signed distances of one level, roughly; positive inside."""
     # The logarithm of a softplus blob is about linear near its surface; two cells either way are enough.
     values = np.clip(np.log(np.maximum(densities, 1e-4) / level), -2, 2) * cell
     values = gaussian_filter(values, 0.7)
-    if sheet is not None:
-        values = np.maximum(values, sheet)
     if hull is not None:
         values = np.minimum(values, hull)
     return values.astype(np.float32)
 
 
-def _silhouette_iou(mesh: Mesh, view: SurfaceView) -> float:
-    scale = LEVEL_SILHOUETTE / max(view.mask.shape)
-    camera = view.camera.resized(round(view.camera.width * scale), round(view.camera.height * scale))
+def _silhouette(mesh: Mesh, view: SurfaceView) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels that the mesh covers, and the mask, both at `SILHOUETTE` pixels."""
+    scale = SILHOUETTE / max(view.mask.shape)
+    camera = view.camera.resized(*(max(1, round(side * scale)) for side in (view.camera.width, view.camera.height)))
     covered = rasterize(mesh.vertices, mesh.faces, camera).faces >= 0
-    mask = F.interpolate(torch.from_numpy(view.mask)[None, None], covered.shape, mode="area")[0, 0].numpy() > 0.5
+    return covered, _resized_mask(view.mask, covered.shape) > 0.5
+
+
+def _silhouette_iou(mesh: Mesh, view: SurfaceView) -> float:
+    covered, mask = _silhouette(mesh, view)
     return float((covered & mask).sum() / max((covered | mask).sum(), 1))
-
-
-def _on_grid(grid: _Grid, view: SurfaceView, function: Callable) -> np.ndarray:
-    return grid.evaluate(function(view, grid.cell))
 
 
 def _lookup(
@@ -176,7 +176,7 @@ def _lookup(
     return found, z_depths, (unit.abs() <= 1).all(-1) & (z_depths > 0)
 
 
-def _hull(view: SurfaceView, cell: float) -> Callable[[Tensor], Tensor]:
+def _hull(view: SurfaceView) -> Callable[[Tensor], Tensor]:
     """Signed distance inside the silhouette's cone, world units; open where the object leaves the picture."""
     inside = view.mask > 0.5
     # Distances run to pixel centers; half a pixel less reaches the outline, and soft alpha says where inside the pixel.
@@ -192,22 +192,35 @@ def _hull(view: SurfaceView, cell: float) -> Callable[[Tensor], Tensor]:
     return evaluate
 
 
-def _sheet(view: SurfaceView, cell: float) -> Callable[[Tensor], Tensor]:
-    """Signed distance inside a skin of `SHEET_CELLS` at the distances that the picture's rays met."""
+def _sheet(view: SurfaceView, mesh: Mesh, cell: float) -> Callable[[Tensor], Tensor] | None:
+    """Signed distance inside a skin over what the mesh leaves open of the silhouette; None if that is only the rim."""
+    covered, mask = _silhouette(mesh, view)
+    parts, _ = label(mask & ~covered)
+    # A gap counts where it is farther from the mesh than a rim's width; then all of it counts, and a margin to join it.
+    wide = (
+        np.unique(parts[(parts > 0) & (distance_transform_edt(~covered) > RIM_PX)])
+        if covered.any()
+        else np.unique(parts)
+    )
+    open_part = np.isin(parts, wide[wide > 0])
+    if not open_part.any():
+        return None
+    open_part = binary_dilation(open_part, iterations=RIM_PX)
     distances = _filled(view.distances, _resized_mask(view.mask, view.distances.shape))
 
     def evaluate(positions: Tensor) -> Tensor:
         surface, _, is_seen = _lookup(distances, view.camera, positions, mode="nearest")
+        is_open, _, _ = _lookup(open_part, view.camera, positions, mode="nearest")
         behind = view.camera.to("cpu", torch.float32).distances(positions) - surface
-        # The skin lies just behind the surface, so that it never stands in front of the field's own.
-        inside = SHEET_CELLS * cell - (behind - SHEET_CELLS * cell).abs()
-        return torch.where(is_seen, inside, -1.0)
+        inside = SHEET_CELLS * cell - behind.abs()
+        return torch.where(is_seen & (is_open > 0.5), inside, -2 * cell)
 
     return evaluate
 
 
 def _resized_mask(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return F.interpolate(torch.from_numpy(mask)[None, None], tuple(shape), mode="area")[0, 0].numpy()
+    table = torch.from_numpy(np.ascontiguousarray(mask, np.float32))[None, None]
+    return F.interpolate(table, tuple(shape), mode="area")[0, 0].numpy()
 
 
 def _filled(distances: np.ndarray, mask: np.ndarray) -> np.ndarray:

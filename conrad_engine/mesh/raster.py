@@ -18,6 +18,8 @@ from .mesh import TexturedMesh
 
 NEAR = 1e-4
 """Triangles with a corner nearer than this (or behind the camera) are left out, not clipped."""
+EDGE = 1e-5
+"""Tolerance of the inside test, so that neighbouring triangles leave no crack."""
 MAX_CANDIDATES = 4_000_000
 """Pixels tested at once: bounds the memory to about 0.5 GB."""
 
@@ -57,62 +59,76 @@ def rasterize_projected(uv: np.ndarray, z_depths: np.ndarray, faces: np.ndarray,
     """Draw triangles from pixel coordinates (n_vertices, 2) and z-depths (n_vertices,) of their corners."""
     face_ids = np.full(height * width, -1, np.int32)
     weights = np.zeros((height * width, 3), np.float32)
-    buffer = np.full(height * width, np.inf)
-    for candidates, pixel_x, pixel_y in _candidates(uv, z_depths, faces, width, height):
-        corners = uv[faces[candidates]]
-        inverse_z = 1 / z_depths[faces[candidates]]
-        inside, planar = _barycentric(corners, pixel_x + 0.5, pixel_y + 0.5)
-        candidates, planar, inverse_z = candidates[inside], planar[inside], inverse_z[inside]
-        pixels = (pixel_y * width + pixel_x)[inside]
-        correct = planar * inverse_z
-        depth = 1 / correct.sum(1)
-        nearer = depth < buffer[pixels]
-        order = np.flatnonzero(nearer)[np.argsort(-depth[nearer], kind="stable")]
-        # Of equal indices the last assignment stays: the nearest.
+    buffer = np.full(height * width, np.inf, np.float32)
+    boxes = _boxes(uv, z_depths, faces, width, height)
+    inverse_z = (1 / np.where(z_depths > NEAR, z_depths, np.inf)).astype(np.float32)
+    for owner, column, row in _candidates(boxes):
+        planar = boxes.planar[:, owner, 0] + column * boxes.planar[:, owner, 1] + row * boxes.planar[:, owner, 2]
+        inside = (planar[0] >= -EDGE) & (planar[1] >= -EDGE) & (planar[0] + planar[1] <= 1 + EDGE)
+        owner, column, row, planar = owner[inside], column[inside], row[inside], planar[:, inside]
+        pixels = (boxes.low[owner, 1] + row) * width + boxes.low[owner, 0] + column
+        face = boxes.faces[owner]
+        second, third = planar * inverse_z[faces[face, 1:].T]
+        first = (1 - planar[0] - planar[1]) * inverse_z[faces[face, 0]]
+        depth = 1 / (first + second + third)
+        nearer = np.flatnonzero(depth < buffer[pixels])
+        # Of equal indices the last assignment stays, so the nearest comes last.
+        order = nearer[np.argsort(-depth[nearer], kind="stable")]
         target = pixels[order]
         buffer[target] = depth[order]
-        face_ids[target] = candidates[order]
-        weights[target] = correct[order] * depth[order, None]
-    z_buffer = np.where(np.isfinite(buffer), buffer, 0).astype(np.float32).reshape(height, width)
+        face_ids[target] = face[order]
+        weights[target] = np.stack([first[order], second[order], third[order]], 1) * depth[order, None]
+    z_buffer = np.where(np.isfinite(buffer), buffer, 0).reshape(height, width)
     return Fragments(face_ids.reshape(height, width), weights.reshape(height, width, 3), z_buffer)
 
 
-def _candidates(
-    uv: np.ndarray, z_depths: np.ndarray, faces: np.ndarray, width: int, height: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pixels whose centers lie in the bounding boxes of triangles: triangle numbers, columns and rows, in pieces."""
-    visible = np.flatnonzero((z_depths[faces] > NEAR).all(1))
+@dataclass(frozen=True)
+class _Boxes:
+    """Triangles that may cover a pixel, with the box of pixel centers around each."""
+
+    faces: np.ndarray
+    """(n,) triangle numbers."""
+    low: np.ndarray
+    """(n, 2) first column and row."""
+    size: np.ndarray
+    """(n, 2) columns and rows."""
+    planar: np.ndarray
+    """(2, n, 3) float32: second and third corner's weight at the box's first center, and its change by column and row."""
+
+
+def _boxes(uv: np.ndarray, z_depths: np.ndarray, faces: np.ndarray, width: int, height: int) -> _Boxes:
+    visible = np.flatnonzero((z_depths > NEAR)[faces].all(1))
     corners = uv[faces[visible]]
     limits = np.array([width, height]) - 1
     low = np.clip(np.ceil(corners.min(1) - 0.5), 0, limits + 1).astype(np.int64)
     high = np.clip(np.floor(corners.max(1) - 0.5), -1, limits).astype(np.int64)
     size = np.maximum(high - low + 1, 0)
-    counts = size[:, 0] * size[:, 1]
-    used = counts > 0
-    visible, low, size, counts = visible[used], low[used], size[used], counts[used]
+    first, to_second, to_third = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
+    area = to_second[:, 0] * to_third[:, 1] - to_third[:, 0] * to_second[:, 1]
+    used = (size > 0).all(1) & (np.abs(area) > 1e-12)
+    visible, low, size, first, area = visible[used], low[used], size[used], first[used], area[used, None]
+    second = np.stack([to_third[used, 1], -to_third[used, 0]], 1) / area
+    third = np.stack([-to_second[used, 1], to_second[used, 0]], 1) / area
+    start = low + 0.5 - first
+    planar = [np.concatenate([(start * slope).sum(1, keepdims=True), slope], 1) for slope in (second, third)]
+    return _Boxes(visible, low, size, np.stack(planar).astype(np.float32))
+
+
+def _candidates(boxes: _Boxes) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """All pixels of all boxes, in pieces: which box, and the column and row inside it."""
+    counts = boxes.size[:, 0] * boxes.size[:, 1]
     ends = np.cumsum(counts)
     first = 0
-    while first < len(visible):
+    while first < len(counts):
         done = ends[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(ends, done + MAX_CANDIDATES, side="right")))
-        piece = slice(first, last)
-        owners = np.repeat(np.arange(last - first), counts[piece])
-        local = np.arange(len(owners)) - np.repeat(ends[piece] - counts[piece] - done, counts[piece])
-        box_width = size[piece, 0][owners]
-        x, y = low[piece, 0][owners] + local % box_width, low[piece, 1][owners] + local // box_width
-        yield visible[piece][owners], x, y
+        owner = np.repeat(np.arange(first, last, dtype=np.int32), counts[first:last])
+        local = (
+            np.arange(len(owner)) - np.repeat(ends[first:last] - counts[first:last] - done, counts[first:last])
+        ).astype(np.int32)
+        row, column = np.divmod(local, boxes.size[:, 0].astype(np.int32)[owner])
+        yield owner, column, row
         first = last
-
-
-def _barycentric(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which points lie in their triangles (n,), and their planar weights (n, 3). Points on an edge belong to both sides."""
-    (ax, ay), (bx, by), (cx, cy) = (corners[:, k].T for k in range(3))
-    area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
-    safe = np.where(np.abs(area) < 1e-12, 1.0, area)
-    wb = ((x - ax) * (cy - ay) - (cx - ax) * (y - ay)) / safe
-    wc = ((bx - ax) * (y - ay) - (x - ax) * (by - ay)) / safe
-    weights = np.stack([1 - wb - wc, wb, wc], 1)
-    return (weights >= -1e-9).all(1) & (np.abs(area) >= 1e-12), weights
 
 
 def sample_texture(texture: np.ndarray, uvs: np.ndarray) -> np.ndarray:

@@ -1,0 +1,240 @@
+"""The last part of a job: from the optimised field to a textured mesh, its files, its measures and something to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .cameras import Camera, CameraSetup, Similarity
+from .config import MeshConfig, PipelineConfig
+from .constraint import ConstrainedField, ReferenceView
+from .errors import InputError
+from .evaluation import metrics as measure
+from .evaluation.geometry import topology
+from .files import write_json
+from .mesh.bake import Photo, bake_texture
+from .mesh.clean import clean_mesh
+from .mesh.extract import SurfaceView, extract_mesh
+from .mesh.glb import write_glb, write_obj, write_ply, write_texture
+from .mesh.raster import render_mesh, render_with_depth
+from .mesh.mesh import Mesh, TexturedMesh
+from .mesh.unwrap import unwrap
+from .monitor import Monitor, Progress
+from .optimize import State, memory_bytes
+from .preprocess.framing import Frame, final_similarity
+from .preprocess.prepare import PreparedPicture
+from .preview import SheetData, make_sheet, sheet_cameras, turntable_cameras, write_turntable
+from .rendering.renderer import Picture, render_picture
+
+MEASURED_PICTURE = 512
+"""Pixels along the longer side at which the result is compared with the picture."""
+FIELD_SAMPLES = 192
+BACK_PICTURE = 256
+
+
+@dataclass(frozen=True)
+class Finished:
+    mesh: TexturedMesh
+    """In the world of the camera file."""
+    setup: CameraSetup
+    """The reference camera and the object there."""
+    metrics: dict
+
+
+def finish(
+    state: State,
+    full: ConstrainedField,
+    view: ReferenceView,
+    initial: Mesh | None,
+    prepared: PreparedPicture,
+    frame: Frame,
+    config: PipelineConfig,
+    folder: Path,
+    name: str,
+    monitor: Monitor,
+) -> Finished:
+    """Make the mesh of the current state and write everything of a result but `config.json` and `checkpoint.pt`.
+
+    Args:
+        full: The field with the full-size picture.
+        initial: The user's start mesh in the object frame, textured as it is if `mesh.project_only` asks for it.
+
+    Raises:
+        MeshError: The field has no surface.
+        InputError: A file cannot be written.
+    """
+    steps = ["surface", "texture", "files", "pictures"]
+
+    def at(step: str) -> None:
+        memory = memory_bytes(state.field.aabb.device)
+        monitor.progress(Progress("mesh", steps.index(step), len(steps), None, {}, memory))
+
+    at("surface")
+    mesh, level = surface_mesh(full, view, initial, config.mesh)
+    at("texture")
+    textured = texture_mesh(full, view, mesh, config.mesh)
+    to_world = final_similarity(frame, textured.vertices)
+    setup = _world_setup(frame, to_world, textured.vertices)
+    numbers = {
+        "level": level,
+        **reference_measures(state, full, view, textured, config),
+        **back_measures(textured, view),
+    }
+    numbers |= topology(textured.vertices, textured.faces)
+    textured = _moved(textured, to_world)
+    at("files")
+    write_files(textured, folder, name)
+    write_json(folder / "camera.json", setup.to_json())
+    at("pictures")
+    field_picture = render_picture(
+        full,
+        view.resized(MEASURED_PICTURE).to(state.field.aabb.device).camera,
+        FIELD_SAMPLES,
+        state.occupancy,
+        with_normals=True,
+    )
+    write_pictures(textured, setup, prepared, view, frame, field_picture, numbers, config.mesh, folder, name)
+    return Finished(textured, setup, numbers)
+
+
+def surface_mesh(
+    full: ConstrainedField, view: ReferenceView, initial: Mesh | None, config: MeshConfig
+) -> tuple[Mesh, float]:
+    """The cleaned surface in the object frame, and the density it was taken at."""
+    if config.project_only:
+        if initial is None:
+            raise InputError("mesh.project_only puts the picture on a mesh: give one with --init")
+        return initial, 0.0
+    surface = full.views[0].surface[0, 0]
+    distances = torch.where(surface.isfinite() & (surface > 0), surface, torch.nan)
+    seen = SurfaceView(view.camera, view.mask[0].numpy(), distances.cpu().numpy())
+    extracted = extract_mesh(full.density, full.aabb, config, [seen])
+    return clean_mesh(extracted.mesh, config), extracted.level
+
+
+def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config: MeshConfig) -> TexturedMesh:
+    """The mesh with charts, colored by the photo where it sees and by the field where it does not."""
+
+    def color(positions: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return full.density_and_color(positions.to(full.aabb))[1].cpu()
+
+    photo = Photo(view.camera, view.rgb.permute(1, 2, 0).numpy(), view.mask[0].numpy())
+    return bake_texture(unwrap(mesh, config), color, [photo], config)
+
+
+def _moved(mesh: TexturedMesh, to_world: Similarity) -> TexturedMesh:
+    vertices = to_world.points(torch.from_numpy(mesh.vertices).double()).float().numpy()
+    normals = (mesh.normals @ to_world.rotation.numpy().T).astype(np.float32)
+    return replace(mesh, vertices=vertices, normals=normals)
+
+
+def _world_setup(frame: Frame, to_world: Similarity, vertices: np.ndarray) -> CameraSetup:
+    """The reference camera in the mesh's world, with the box of the mesh as its object."""
+    points = to_world.points(torch.from_numpy(vertices).double())
+    low, high = points.amin(0), points.amax(0)
+    return CameraSetup(to_world.camera(frame.camera), (low + high) / 2, float((high - low).max()))
+
+
+def reference_measures(
+    state: State, full: ConstrainedField, view: ReferenceView, mesh: TexturedMesh, config: PipelineConfig
+) -> dict[str, float]:
+    """How exactly field and mesh show the picture, seen from its own camera, inside the mask."""
+    device = state.field.aabb.device
+    numbers = {}
+    training = state.constrained.views[0].picture
+    for name, field, seen in (
+        ("training", state.constrained, training),
+        ("full", full, view.resized(MEASURED_PICTURE)),
+    ):
+        picture = render_picture(
+            field, seen.to(device).camera, FIELD_SAMPLES, state.occupancy, config.render.max_points
+        )
+        inside = (seen.mask[0] > 0.99).cpu().numpy()
+        wanted = seen.rgb.permute(1, 2, 0).cpu().numpy()
+        numbers[f"field_psnr_{name}"] = measure.psnr(picture.on(0.0).cpu().numpy(), wanted, inside)
+        numbers[f"field_opacity_{name}"] = float(picture.opacities.cpu().numpy()[inside].mean())
+    seen = view.resized(MEASURED_PICTURE)
+    rendered = render_mesh(mesh, seen.camera, supersample=2)
+    mask = seen.mask[0].numpy() > 0.5
+    ours = rendered[..., 3] > 0.5
+    wanted = seen.rgb.permute(1, 2, 0).numpy()
+    numbers["mesh_psnr"] = measure.psnr(rendered[..., :3] * rendered[..., 3:], wanted, seen.mask[0].numpy() > 0.99)
+    numbers["mesh_psnr_common"] = measure.psnr(rendered[..., :3], wanted, mask & ours)
+    numbers["mesh_iou"] = measure.mask_iou(ours, mask)
+    return numbers
+
+
+def back_measures(mesh: TexturedMesh, view: ReferenceView) -> dict[str, float | None]:
+    """Whether the picture was printed through the object onto its far side."""
+    seen = view.resized(BACK_PICTURE)
+    center = (mesh.vertices.min(0) + mesh.vertices.max(0)) / 2
+    back = measure.back_camera(seen.camera, center)
+    rendered, z_depths = render_with_depth(mesh, back, supersample=1)
+    picture = torch.cat([seen.rgb, seen.mask]).permute(1, 2, 0).numpy()
+    return measure.print_through(rendered, measure.printed_through(picture, seen.camera, back, z_depths))
+
+
+def write_files(mesh: TexturedMesh, folder: Path, name: str) -> None:
+    write_glb(mesh, folder / "mesh.glb", name)
+    write_obj(mesh, folder / "mesh.obj", name)
+    write_ply(mesh, folder / "mesh.ply")
+    write_texture(mesh.texture, folder / "texture.png")
+
+
+def write_pictures(
+    mesh: TexturedMesh,
+    setup: CameraSetup,
+    prepared: PreparedPicture,
+    view: ReferenceView,
+    frame: Frame,
+    field_picture: Picture,
+    numbers: dict,
+    config: MeshConfig,
+    folder: Path,
+    name: str,
+) -> None:
+    """The sheet and the turntable."""
+    seen = view.resized(MEASURED_PICTURE)
+    window = _window(frame.camera, view.camera)
+    opacity = field_picture.opacities.cpu().numpy()[..., None]
+    field_view = np.concatenate([(field_picture.rgb.cpu().numpy() / np.maximum(opacity, 1e-3)).clip(0, 1), opacity], -1)
+    normals = field_picture.normals.cpu() @ seen.camera.c2w[:, :3]
+    world_view = replace(seen.camera, c2w=_world_camera(setup, frame, seen.camera))
+    data = SheetData(
+        picture=prepared.original[window].astype(np.float32) / 255,
+        mask=prepared.mask[window],
+        views=[render_mesh(mesh, camera, supersample=2) for camera in sheet_cameras(mesh.vertices)],
+        field_view=field_view,
+        mesh_view=render_mesh(mesh, world_view, supersample=2),
+        depth=(field_picture.depths * (field_picture.opacities > 0.5)).cpu().numpy(),
+        normals=normals.numpy(),
+        numbers={
+            "field PSNR": f"{numbers['field_psnr_full']:.1f} dB",
+            "mesh PSNR": f"{numbers['mesh_psnr']:.1f} dB",
+            "mask IoU": f"{numbers['mesh_iou']:.3f}",
+            "faces": f"{numbers['n_faces']:,}",
+            "parts": str(numbers["components"]),
+            "print-through": "plain" if numbers["print_through"] is None else f"{numbers['print_through']:.2f}",
+        },
+        title=name,
+    )
+    make_sheet(data, folder / "sheet.png")
+    if config.turntable_frames:
+        cameras = turntable_cameras(mesh.vertices, config.turntable_frames, config.turntable_size)
+        write_turntable([render_mesh(mesh, camera, supersample=1) for camera in cameras], folder / "turntable.gif")
+
+
+def _window(whole: Camera, part: Camera) -> tuple[slice, slice]:
+    """Rows and columns of the picture that a cropped camera shows."""
+    left, top = (whole.intrinsics[2:] - part.intrinsics[2:].double()).round().long().tolist()
+    return slice(top, top + part.height), slice(left, left + part.width)
+
+
+def _world_camera(setup: CameraSetup, frame: Frame, camera: Camera) -> torch.Tensor:
+    """The pose of a crop of the reference camera in the mesh's world: the reference's own."""
+    assert torch.allclose(frame.camera.c2w.float(), camera.c2w.float(), atol=1e-5)
+    return setup.camera.c2w.float()
