@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conrad_engine.benchmark import assets, fields, networks, steps
+from conrad_engine.benchmark import assets, engine, fields, networks, steps
 from conrad_engine.benchmark.__main__ import main
 from conrad_engine.benchmark.ceilings import Ceilings, count_flop, measure_ceilings
 from conrad_engine.benchmark.fields import SMALL_GRID, check_backend
@@ -207,6 +207,14 @@ def test_a_job_that_fails_says_why(tmp_path: Path) -> None:
 def test_a_cap_too_small_stops_the_job(tmp_path: Path) -> None:
     picture = assets.drawn_picture(tmp_path / "figure.png", 64)
     assert assets.run_job(picture, "draft", "cpu", 1, cap_gib=0.05).error
+
+
+@pytest.mark.slow
+def test_engine_section(report: Report) -> None:
+    engine.run(report)
+    rows = report.to_json()["sections"]["engine process"]
+    assert [row["timing"]["n_calls"] for row in rows] == [2, 50, 5, 3]
+    assert all(row["timing"]["median_ms"] > 0 for row in rows) and rows[1]["notes"]["p99 ms"] > 0
 
 
 def test_command_line_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ import torch
 
 from ..device import resolve_device, set_threads
 from ..errors import ConradError
-from . import assets, fields, guidance, memory, steps
+from . import assets, engine, fields, guidance, memory, steps
 from .ceilings import Ceilings, measure_ceilings
 from .report import Report
 
-SECTIONS = ("field", "guidance", "step", "asset", "memory")
+SECTIONS = ("field", "guidance", "step", "asset", "memory", "server")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -70,6 +70,8 @@ def _run(section: str, report: Report, ceilings: Ceilings | None, parsed: argpar
         case "memory":
             memory.run(report)
             assets.run_capped(report, presets, parsed.picture, parsed.cap or ([2.0] if on_gpu else [4.0]))
+        case "server":
+            engine.run(report)
     if on_gpu:
         torch.cuda.empty_cache()
 
