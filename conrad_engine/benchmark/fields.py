@@ -82,7 +82,11 @@ def check_backend(grid: HashGrid, device: torch.device) -> None:
 
 def _errors(report: Report, config: FieldConfig, encoders: tuple[str, ...]) -> None:
     device = report.device
-    report.begin("hash grid, errors", f"against float64 on {N_CHECKED} fresh random points and along rays")
+    report.begin(
+        "hash grid, errors",
+        f"against float64 on {N_CHECKED} fresh random points and along rays; the gradient to positions jumps at cell "
+        "borders, where points within rounding of one count in full",
+    )
     points = torch.cat([torch.rand(N_CHECKED // 2, 3, device=device), ray_points(100, 1, device)[: N_CHECKED // 2]])
     reference = HashGrid(config).to(device)
     random_features(reference)
