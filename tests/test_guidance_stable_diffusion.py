@@ -12,8 +12,8 @@ from conrad_engine.cameras import orbit_camera
 from conrad_engine.config import StableDiffusionConfig, WeightsConfig
 from conrad_engine.errors import GuidanceError, InputError
 from conrad_engine.guidance import make_guidance, sds
-from conrad_engine.guidance.frozen_encoder import rewrite_encoder
 from conrad_engine.guidance.interfaces import ReferencePicture
+from conrad_engine.guidance.latents import make_fast
 from conrad_engine.guidance.prompts import view_shares
 
 from . import tiny_checkpoints as tiny
@@ -340,11 +340,12 @@ def test_sds_and_math_agree_on_the_weighting(folder):
 
 
 @pytest.mark.parametrize("preset", ["24", "6"])
-def test_the_rewritten_encoder_gives_the_same_gradient(folder, preset):
-    """As it is used on a GPU, here on the CPU."""
-    config = StableDiffusionConfig(model=str(folder), weights=WeightsConfig(memory=preset))
+def test_the_fast_networks_give_the_same_gradient(any_folder, preset):
+    """As they are used on a GPU, here on the CPU."""
+    config = StableDiffusionConfig(model=str(any_folder), weights=WeightsConfig(memory=preset))
     guidance, plain = gradient_of(config)
-    rewrite_encoder(guidance.distiller.space.vae)
+    guidance.distiller.space.make_fast()
+    make_fast(guidance.distiller.network)
     again = guidance.gradient(views_rgba(), VIEWS, 0.4, torch.Generator().manual_seed(3))
     close(again.gradient, plain.gradient)
 

@@ -17,7 +17,7 @@ from ..config import StableDiffusionConfig, Zero123Config
 from ..graphs import GraphedStep
 from . import sds
 from .interfaces import GuidanceResult
-from .latents import LatentSpace, composited, picture_gradient, resized
+from .latents import LatentSpace, composited, in_layout, picture_gradient, resized
 from .memory import MemoryPlan, smaller_plan
 from .schedule import sample_times, time_range, times_to_timesteps
 
@@ -148,7 +148,7 @@ class Distiller:
         if concatenated is not None:
             sample = torch.cat([sample, concatenated], 1)
         answer = self.network(
-            sample.to(tokens.dtype),
+            in_layout(sample.to(tokens.dtype)),
             timesteps.repeat(k),
             encoder_hidden_states=tokens,
             added_cond_kwargs=extra,

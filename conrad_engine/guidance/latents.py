@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import WeightsConfig
 from ..model_files import DTYPES, load_component, model_folder
 from .frozen_encoder import rewrite_encoder
+from .fused_norms import fuse_norms
 from .memory import MemoryPlan
 
 Pictures = Float[Tensor, "n 3 height width"]
@@ -39,10 +40,26 @@ def resized(pictures: Float[Tensor, "n c height width"], size: int) -> Float[Ten
     )
 
 
-def on_device(unet: Any, device: torch.device) -> Any:
-    """The network on the device, in the memory layout that its convolutions run fastest in."""
-    # Measured on an H100, Stable Diffusion 2.1, captured: 10.1 ms instead of 11.6.
-    return unet.to(device, memory_format=torch.channels_last) if device.type == "cuda" else unet.to(device)
+def on_device(network: Any, device: torch.device) -> Any:
+    """A frozen network of diffusers where it will run, on a GPU in its fastest exact form."""
+    network = network.to(device)
+    if device.type == "cuda":
+        make_fast(network)
+    return network
+
+
+def make_fast(network: Any) -> None:
+    """Channels-last layout and fused group norms, in place; what the network computes stays the same.
+
+    The layout takes a captured Stable Diffusion 2.1 from 11.6 to 10.1 ms on an H100, and the fused norms need it.
+    """
+    network.to(memory_format=torch.channels_last)
+    fuse_norms(network)
+
+
+def in_layout(pictures: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    """The memory layout that the networks want their input in."""
+    return pictures.contiguous(memory_format=torch.channels_last) if pictures.is_cuda else pictures
 
 
 class LatentSpace:
@@ -51,14 +68,21 @@ class LatentSpace:
     def __init__(self, vae: Any, device: torch.device) -> None:
         from diffusers import AutoencoderTiny
 
-        self.vae = vae.to(device)
+        self.vae = vae
         self.dtype = vae.dtype
         self.is_tiny = isinstance(vae, AutoencoderTiny)
-        if device.type == "cuda" and not self.is_tiny:
-            rewrite_encoder(vae)
+        vae.to(device)
+        if device.type == "cuda":
+            self.make_fast()
         self.scaling = float(vae.config.scaling_factor)
         self.factor = 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
         """Pixels a latent."""
+
+    def make_fast(self) -> None:
+        """Rewrite what the gradient runs through; see `frozen_encoder` and `fused_norms`."""
+        if not self.is_tiny:
+            rewrite_encoder(self.vae)
+        make_fast(self.vae.encoder)
 
     def apply(self, plan: MemoryPlan) -> None:
         """Trade time for memory as the preset says."""
@@ -88,7 +112,7 @@ class LatentSpace:
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     def _input(self, rgb: Pictures) -> Pictures:
-        return rgb.to(self.dtype) * 2 - 1
+        return in_layout(rgb.to(self.dtype) * 2 - 1)
 
 
 def load_latent_space(folder: Path, weights: WeightsConfig, device: torch.device) -> LatentSpace:
