@@ -285,3 +285,58 @@ def test_a_file_that_lacks_tensors_is_refused(tmp_path, component, name):
     kind = getattr(diffusers, name, None) or getattr(transformers, name)
     with pytest.raises(GuidanceError, match=f"lacks 1 tensors of {name}"):
         model_files.load_component(folder, component, kind, torch.float32, PLAIN)
+
+
+class FakeHub:
+    """Stands for the hub's client: a listing of files, and downloads that copy them."""
+
+    def __init__(self, monkeypatch, files, folder=None, error=None):
+        import huggingface_hub
+
+        self.files, self.folder, self.error, self.patterns = files, folder, error, []
+        cached = huggingface_hub.snapshot_download
+
+        def snapshot_download(model, revision=None, local_files_only=False, allow_patterns=None):
+            if local_files_only:
+                return cached(model, revision=revision, local_files_only=True, allow_patterns=allow_patterns)
+            self.patterns.append(allow_patterns)
+            return str(self.folder)
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def list_repo_files(self, model, revision=None):
+        if self.error:
+            raise self.error
+        return self.files
+
+
+def test_a_download_fetches_only_what_is_needed(folder, cache, monkeypatch):
+    hub = FakeHub(monkeypatch, [*model_files.list_files(folder), "extra/model.ckpt"], folder)
+    assert model_files.model_folder("someone/tiny-model", PARTS, HALF) == folder
+    (patterns,) = hub.patterns
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in patterns and "tokenizer/vocab.json" in patterns
+    assert "unet/diffusion_pytorch_model.safetensors" not in patterns and "extra/model.ckpt" not in patterns
+
+
+def test_pickles_are_refused_before_they_are_downloaded(cache, monkeypatch):
+    files = ["unet/config.json", "unet/diffusion_pytorch_model.bin"]
+    hub = FakeHub(monkeypatch, files)
+    with pytest.raises(GuidanceError, match="pickles.*guidance.weights.revision=5ffbf4e"):
+        model_files.model_folder("kxic/zero123-xl", ("unet",), PLAIN)
+    assert not hub.patterns
+
+
+def test_a_failing_hub_gives_one_sentence(cache, monkeypatch):
+    FakeHub(monkeypatch, [], error=ConnectionError("no route to host\ntrace"))
+    with pytest.raises(
+        GuidanceError, match=r"cannot be downloaded \(no route to host\).*hf download someone/tiny-model"
+    ):
+        model_files.model_folder("someone/tiny-model", PARTS, PLAIN)
+
+
+def test_a_pipeline_of_another_kind_downloads_all_its_components(folder, cache, monkeypatch):
+    hub = FakeHub(monkeypatch, model_files.list_files(folder), folder)
+    assert model_files.pipeline_folder("someone/tiny-model", PLAIN) == folder
+    assert {pattern.split("/")[0] for pattern in hub.patterns[0]} == {*PARTS, "README.md", "model_index.json"}
