@@ -22,9 +22,11 @@ from .guidance.sds import guided
 from .model_files import model_folder, pipeline_folder, pipeline_options, require_diffusers, with_precision
 
 PictureArray = UInt8[ndarray, "height width 3"]
+MadePicture = UInt8[ndarray, "made_height made_width 3"]
+"""Of the size that the model works at."""
 
 
-def picture_from_text(prompt: str, config: SeedingConfig, device: torch.device, seed: int) -> PictureArray:
+def picture_from_text(prompt: str, config: SeedingConfig, device: torch.device, seed: int) -> MadePicture:
     """A picture of one object that a text-to-image model makes of the prompt; lifting it gives text to object.
 
     Raises:
@@ -54,7 +56,7 @@ def picture_from_text(prompt: str, config: SeedingConfig, device: torch.device, 
 
 def edit_picture(
     rgb: PictureArray, edit: str, described: str, config: SeedingConfig, device: torch.device, seed: int
-) -> PictureArray:
+) -> MadePicture:
     """The picture changed as the words say, at the size the model works at.
 
     Args:
@@ -79,7 +81,7 @@ def edit_picture(
 
 def _edit_by_instruction(
     rgb: PictureArray, edit: str, config: SeedingConfig, device: torch.device, seed: int
-) -> PictureArray:
+) -> MadePicture:
     from diffusers import StableDiffusionInstructPix2PixPipeline
     from PIL import Image
 
@@ -115,7 +117,7 @@ class EdictEditor:
         self.prior, self.space, self.schedule = prior, prior.distiller.space, prior.distiller.schedule
 
     @torch.no_grad()
-    def edit(self, rgb: PictureArray, described: str, wanted: str) -> PictureArray:
+    def edit(self, rgb: PictureArray, described: str, wanted: str) -> MadePicture:
         from PIL import Image
 
         size = _fitted(rgb.shape[1], rgb.shape[0], self.prior.picture_size)
@@ -199,7 +201,7 @@ def _fitted(width: int, height: int, size: int) -> tuple[int, int]:
     return max(grid, round(width * factor / grid) * grid), max(grid, round(height * factor / grid) * grid)
 
 
-def _to_bytes(rgb: Float[ndarray, "height width 3"]) -> PictureArray:
+def _to_bytes(rgb: Float[ndarray, "made_height made_width 3"]) -> MadePicture:
     return (np.clip(rgb, 0, 1) * 255).round().astype(np.uint8)
 
 

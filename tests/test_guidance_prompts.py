@@ -125,7 +125,9 @@ def test_weights_change_linearly_and_a_prior_without_weight_is_not_asked():
     guidance, made = make_mixture(
         zero123_start=1.0, zero123_end=0.0, stable_diffusion_start=0.0, stable_diffusion_end=1.0
     )
-    values = [float(guidance.gradient(torch.zeros(2, 4, 8, 8), CAMERAS, p).gradient[0, 0, 0, 0]) for p in (0, 0.25, 1)]
+    values = [
+        float(guidance.gradient(torch.zeros(2, 4, 8, 8), CAMERAS, p).gradient[0, 0, 0, 0]) for p in (0.0, 0.25, 1.0)
+    ]
     assert values == pytest.approx([1.0, 1.25, 2.0])
     assert [prior.n_calls for prior in made] == [2, 2]
     assert guidance.gradient(torch.zeros(2, 4, 8, 8), CAMERAS, 0.25).notes["stable_diffusion.share"] == 0.25

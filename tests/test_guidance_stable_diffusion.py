@@ -115,9 +115,9 @@ def test_presets_and_batches_give_the_same_gradient(any_folder, objective):
 
 def test_half_precision_gradients_are_finite_and_close(any_folder):
     results = [
-        gradient_of(StableDiffusionConfig(model=str(any_folder), scale=5, weights=WeightsConfig(precision=precision)))[
-            1
-        ]
+        gradient_of(
+            StableDiffusionConfig(model=str(any_folder), scale=5.0, weights=WeightsConfig(precision=precision))
+        )[1]
         for precision in ("float32", "bfloat16")
     ]
     assert results[1].gradient.isfinite().all()
