@@ -90,20 +90,26 @@ def _orbit_cameras(
 
 
 def turntable_cameras(
-    points: np.ndarray, n_frames: int = 36, size: int = 256, elevation_deg: float = 15.0, fov_deg: float = 30.0
+    points: np.ndarray,
+    n_frames: int = 36,
+    size: int = 256,
+    elevation_deg: float = 15.0,
+    fov_deg: float = 30.0,
+    start_deg: float = 0.0,
 ) -> list[Camera]:
-    """Cameras of one turn around some points, starting at azimuth 0; the last frame leads into the first.
+    """Cameras of one turn around some points; the last frame leads into the first.
 
     Args:
         points: (n, 3), a mesh's vertices; the turn is around the middle of their box, +Z up.
+        start_deg: Azimuth of the first frame: the picture's, in a world where that is not 0.
     """
-    angles = [(360 * i / n_frames, elevation_deg) for i in range(n_frames)]
+    angles = [(start_deg + 360 * i / n_frames, elevation_deg) for i in range(n_frames)]
     return _orbit_cameras(points, angles, size, fov_deg)
 
 
-def sheet_cameras(points: np.ndarray, size: int = TILE, fov_deg: float = 30.0) -> list[Camera]:
-    """The eight views of the sheet: all 45 degrees, alternately level and from 30 degrees above."""
-    angles = [(azimuth, SHEET_ELEVATIONS_DEG[i % 2]) for i, azimuth in enumerate(SHEET_AZIMUTHS_DEG)]
+def sheet_cameras(points: np.ndarray, size: int = TILE, fov_deg: float = 30.0, start_deg: float = 0.0) -> list[Camera]:
+    """The eight views of the sheet: all 45 degrees from the picture's azimuth, alternately level and 30 degrees above."""
+    angles = [(start_deg + azimuth, SHEET_ELEVATIONS_DEG[i % 2]) for i, azimuth in enumerate(SHEET_AZIMUTHS_DEG)]
     return _orbit_cameras(points, angles, size, fov_deg)
 
 

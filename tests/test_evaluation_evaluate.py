@@ -223,10 +223,11 @@ def test_a_suite_is_run_scored_and_tabled(small_suite: Path, tmp_path, draft) ->
         tmp_path,
         draft,
         ("constraint", "loss", "known_depth", "photo_masked", "relief"),
+        limit=1,
         generate=fake_generate,
         on_object=lambda variant, row: seen.append((variant, row["object"])),
     )
-    assert len(seen) == 10 and {name for name, _ in seen} == set(summaries)
+    assert len(seen) == 5 and {name for name, _ in seen} == set(summaries)
     # The stand-in is the relief: every number of both agrees.
     for key in ("novel_psnr", "chamfer", "reference_psnr", "detail"):
         assert summaries["constraint"][key] == pytest.approx(summaries["relief"][key])

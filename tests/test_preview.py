@@ -125,6 +125,9 @@ def test_sheet_cameras_alternate() -> None:
     points = np.array([[-1.0, -1, -1], [1, 1, 1]])
     heights = [float(camera.positions[2]) for camera in preview.sheet_cameras(points)]
     assert np.allclose(heights[::2], 0, atol=1e-9) and min(heights[1::2]) > 0.5
+    # Started at 90 degrees, the first view is the former third.
+    turned, plain = preview.sheet_cameras(points, start_deg=90)[0], preview.sheet_cameras(points)[2]
+    assert torch.allclose(turned.positions, plain.positions)
 
 
 def test_gif_loops_and_keeps_its_colors(tmp_path) -> None:

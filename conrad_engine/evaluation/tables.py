@@ -18,6 +18,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("chamfer", "Chamfer", ".4f"),
     ("f_score", "F@0.05", ".3f"),
     ("reference_psnr", "ref PSNR mesh", ".2f"),
+    ("reference_psnr_common", "ref colors", ".2f"),
     ("field_reference_psnr", "ref PSNR field", ".2f"),
     ("reference_iou", "ref IoU", ".3f"),
     ("print_through_detail", "print-through", ".2f"),
@@ -30,7 +31,8 @@ LEGEND = (
     "Novel views: 8 azimuths x elevations 0 and 30 against the truth; PSNR on white, fg inside the true silhouette, "
     "rear: more than 130 degrees of azimuth away, detail: gradient energy of the rear views over the truth's (sums over "
     "all objects). Chamfer: mean of both mean distances, longest side 1, after scale and translation. ref: the picture's "
-    "own view at its own resolution, PSNR inside the mask. print-through: correlation of the back's detail with the "
+    "own view at its own resolution, PSNR inside the mask (colors: only where the mesh covers it, too). "
+    "print-through: correlation of the back's detail with the "
     "picture printed through. An object without a mesh counts as an empty picture in the views."
 )
 WORST = 10
