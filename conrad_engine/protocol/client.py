@@ -28,6 +28,7 @@ from .messages import (
     Hello,
     JobState,
     Listed,
+    ListJobs,
     Ping,
     Preview,
     Progress,
@@ -196,6 +197,8 @@ class EngineClient:
                 raise RequestRefused("unknown_job", f"the engine knows no job {job}")
             return job in self.jobs and self.jobs[job].state in FINAL_STATES
 
+        # Once the list has come, a job that is not in it does not exist.
+        self.send(ListJobs())
         self._pump(on_message or (lambda message: None), is_over, timeout_s)
         return self.jobs[job]
 

@@ -84,6 +84,8 @@ class Dispatch:
         self._queue = JobQueue(store.load())
         self._arriving: dict[str, list[tuple[bytes, int]]] = {}
         self._arriving_bytes = 0
+        self._early: dict[str, list[tuple[Client, Any]]] = {}
+        """Requests about jobs that are still arriving."""
         self._unsaved: dict[str, Job] = {}
         self._views: dict[str, dict[int, SetPreview]] = {}
         self._progressed_s: dict[str, float] = {}
@@ -106,11 +108,17 @@ class Dispatch:
         self._clients.tell(client.route, Listed(len(jobs), request))
 
     def on_request(self, client: Client, message: Any) -> None:
-        """Do what a client asks for, and answer.
+        """Do what a client asks for, and answer."""
+        job_id = getattr(message, "job", "")
+        if job_id in self._arriving and not isinstance(message, (Submit, Ack)):
+            self._early.setdefault(job_id, []).append((client, message))
+            return
+        try:
+            self._do(client, message)
+        except ConradError as error:
+            self._clients.tell(client.route, Error(error.code, str(error)[:2000], job_id, message.request))
 
-        Raises:
-            ConradError: It cannot be done.
-        """
+    def _do(self, client: Client, message: Any) -> None:
         match message:
             case Ack():
                 self._clients.acknowledge(client, message)
@@ -160,6 +168,8 @@ class Dispatch:
         def stored(outcome: Any) -> None:
             self._arriving_bytes -= n_bytes
             self._arrived(submit, settings, outcome)
+            for early_client, message in self._early.pop(submit.job, []):
+                self.on_request(early_client, message)
 
         self._files.do(lambda: self._store.put_inputs(submit), stored)
 

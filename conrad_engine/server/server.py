@@ -12,7 +12,6 @@ from typing import Any
 import zmq
 
 from .. import __version__
-from ..errors import ConradError
 from ..protocol import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
@@ -134,8 +133,8 @@ class Server:
         except VersionMismatch as error:
             hint = which_side_to_update(engine=PROTOCOL_VERSION, client=error.theirs)
             self._answer(route, Error(error.code, hint))
-        except (ProtocolError, ConradError) as error:
-            self._answer(route, Error(error.code, str(error)[:2000], job, request))
+        except ProtocolError as error:
+            self._answer(route, Error(error.code, str(error)[:2000]))
         except Exception:  # A mistake of ours in one request must not take the engine from everyone else.
             log.exception("a request failed")
             self._answer(route, Error("internal", "the engine made a mistake; its log says more", job, request))

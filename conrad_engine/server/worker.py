@@ -43,12 +43,19 @@ def main(arguments: list[str] | None = None) -> None:
     threading.Thread(target=_end_with_server, daemon=True).start()
     link = Link(parsed.endpoint, parsed.name, os.environ.pop(SECRET_VARIABLE))
     log.info("%s loads %s", parsed.name, parsed.pipeline)
-    pipeline = importlib.import_module(parsed.pipeline)
+    try:
+        pipeline = importlib.import_module(parsed.pipeline)
+        ready = _describe(pipeline, parsed.device)
+    except Exception as error:  # The last line of the log is what people are shown.
+        log.exception("the worker does not start")
+        log.error("%s: %s", type(error).__name__, error)
+        os._exit(1)
     while True:
-        link.send(_describe(pipeline, parsed.device))
+        link.send(ready)
         run = link.runs.get()
         link.send(do_job(run, pipeline, link))
         _free_memory()
+        ready = _describe(pipeline, parsed.device)
 
 
 def do_job(run: Run, pipeline: ModuleType, link: Link) -> Ended:
@@ -139,7 +146,7 @@ def _free_memory() -> None:
 
 def _end_with_server() -> None:
     """The server holds the other end of our standard input: when it ends, however it ends, so do we, at once."""
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):
         pass
     os._exit(0)
 
