@@ -6,6 +6,8 @@ Everything here needs the extra `sd`; models are read from folders or the hub's 
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,75 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from .config import SeedingConfig, StableDiffusionConfig, WeightsConfig
+from .config import PipelineConfig, SeedingConfig, StableDiffusionConfig, WeightsConfig
 from .errors import GuidanceError, InputError
 from .guidance import edict
 from .guidance.sds import guided
 from .model_files import model_folder, pipeline_folder, pipeline_options, require_diffusers, with_precision
+from .preprocess.captioning import caption
+from .preprocess.reading import read_picture
+
+log = logging.getLogger(__name__)
 
 PictureArray = UInt8[ndarray, "height width 3"]
 MadePicture = UInt8[ndarray, "made_height made_width 3"]
 """Of the size that the model works at."""
+
+
+@dataclass(frozen=True)
+class SeedRequest:
+    """What a caller has, and what is to be made of it before the optimisation."""
+
+    picture: Path | bytes | None
+    """None: it is made from the prompt."""
+    prompt: str = ""
+    edit: str = ""
+    """Change the picture first; see `edit_picture`."""
+    wants_caption: bool = False
+    """Describe the picture where the caller has not."""
+    wants_depth: bool = False
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What the optimisation starts from."""
+
+    picture: Path | bytes
+    prompt: str
+    depth: Path | None
+    """Relative distances, as a job takes them."""
+
+
+def make_seed(request: SeedRequest, config: PipelineConfig, device: torch.device, folder: Path) -> Seed:
+    """Everything that is asked for, in order: the picture, its caption, its edit, its depth. Files go to the folder.
+
+    Raises:
+        InputError: Words are missing, or the picture cannot be read.
+        MissingDependency: diffusers or transformers is not installed.
+        GuidanceError: A model cannot be found or read.
+    """
+    settings, prompt, source = config.seeding, request.prompt, request.picture
+    if source is None:
+        source = write_picture(picture_from_text(prompt, settings, device, config.seed), folder / "from_text.png")
+    needs_words = bool(request.edit) and settings.edit_method == "edict"
+    if not prompt and (request.wants_caption or needs_words):
+        prompt = caption(_on_white(source, config), settings, device)
+        log.info("caption: %s", prompt)
+    if request.edit:
+        edited = edit_picture(_on_white(source, config), request.edit, prompt, settings, device, config.seed)
+        source = write_picture(edited, folder / "edited.png")
+        # An instruction says what to change, not what is then to be seen.
+        prompt = request.edit if settings.edit_method == "edict" else prompt
+    depth = None
+    if request.wants_depth:
+        depth = folder / "depth_guess.npy"
+        np.save(depth, estimate_depth(_on_white(source, config), settings, device))
+    return Seed(source, prompt, depth)
+
+
+def _on_white(source: Path | bytes, config: PipelineConfig) -> PictureArray:
+    rgba = read_picture(source, config.picture.max_pixels, config.picture.max_side).rgba
+    return _to_bytes(rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])
 
 
 def picture_from_text(prompt: str, config: SeedingConfig, device: torch.device, seed: int) -> MadePicture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -265,3 +266,40 @@ def test_seeding_settings_survive_json_and_are_checked():
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     with pytest.raises(InputError, match="unknown edit method"):
         with_overrides(PipelineConfig(), {"seeding.edit_method": "magic"})
+
+
+def test_the_whole_chain_from_words_to_depth(folder, tmp_path):
+    """No picture, no description: text makes the picture, then it is edited, and its depth is guessed."""
+    settings = SeedingConfig(
+        text_to_image=str(folder),
+        edit_model=str(folder),
+        depth_model=str(write_depth(tmp_path / "depth")),
+        text_steps=1,
+        edit_steps=2,
+    )
+    config = replace(PipelineConfig(), seeding=settings, seed=3)
+    request = seeding.SeedRequest(None, "a chair", edit="a red chair", wants_depth=True)
+    seed = seeding.make_seed(request, config, CPU, tmp_path)
+    assert seed.picture == tmp_path / "edited.png" and (tmp_path / "from_text.png").is_file()
+    assert seed.prompt == "a red chair"
+    assert np.load(seed.depth).shape == (64, 64)
+    from conrad_engine.preprocess.depth import read_depth
+
+    assert read_depth(seed.depth, 64, 64, 10**6).shape == (64, 64)
+
+
+def test_a_picture_without_words_is_described_where_words_are_needed(folder, tmp_path):
+    settings = SeedingConfig(edit_model=str(folder), edit_steps=1, caption_model=str(write_blip(tmp_path / "blip")))
+    config = replace(PipelineConfig(), seeding=settings)
+    source = seeding.write_picture(picture(), tmp_path / "picture.png")
+    described = seeding.make_seed(seeding.SeedRequest(source, wants_caption=True), config, CPU, tmp_path)
+    assert "chair" in described.prompt and described.picture == source and described.depth is None
+    kept = seeding.make_seed(seeding.SeedRequest(source, "a lamp", wants_caption=True), config, CPU, tmp_path)
+    assert kept.prompt == "a lamp", "the caller's own words win"
+    edited = seeding.make_seed(seeding.SeedRequest(source, edit="a lamp"), config, CPU, tmp_path)
+    assert edited.picture == tmp_path / "edited.png" and edited.prompt == "a lamp"
+
+
+def test_nothing_asked_for_loads_nothing(tmp_path):
+    untouched = seeding.make_seed(seeding.SeedRequest(b"not even a picture", "x"), PipelineConfig(), CPU, tmp_path)
+    assert untouched == seeding.Seed(b"not even a picture", "x", None)
