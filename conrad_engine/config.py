@@ -121,7 +121,10 @@ class ConstraintConfig:
     delta: float = 0.02
     """Thickness behind the inferred surface that still takes the picture's color, world units."""
     shell_density: float = 150.0
-    """λ of the known-depth form: opaque to 0.2 % across a shell of 2 δ with δ = 0.02."""
+    """λ of the shell: opaque to 0.2 % across 2 δ with δ = 0.02."""
+    shell_from: float = 0.3
+    """Part of the run after which the inferred form has the shell too, so that every pixel of the object is opaque; above 1
+    is never."""
     softness: float = 0.0
     """Width of the transition at the surface, world units; 0 is a hard boundary."""
     depth_size: int = 128
@@ -129,7 +132,7 @@ class ConstraintConfig:
     update_every: int = 2
     """Steps between two updates of the inferred depth."""
     dilate_px: float = 1.5
-    """The mask is grown by this many pixels of the depth map before space outside it is emptied."""
+    """The mask is grown by this many pixels, of 512 along the longer side, before space outside it is emptied."""
     loss_weight: float = 2.0
     """Weight of the picture loss that replaces the constraint when kind is loss."""
 

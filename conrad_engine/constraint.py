@@ -27,6 +27,10 @@ WINDOW_MARGIN = 0.04
 """Margin around the silhouette's box, as a part of its longest side."""
 N_RIM_PIXELS = 3
 """Pixels by which the inferred depth is continued past the mask: the rim of the object is still the picture's."""
+N_FILLED_PIXELS = 32
+"""Pixels by which it is continued inside the mask, over thin parts that the field has not found yet."""
+HULL_PIXELS = 512
+"""The carving margin `ConstraintConfig.dilate_px` is in pixels of a picture of this size."""
 
 
 @dataclass(frozen=True)
@@ -96,25 +100,23 @@ class _View(nn.Module):
         coarse = view.resized(config.depth_size).to(device)
         self.picture = view.to(device)
         self.depth_camera = coarse.camera
-        self.in_mask = coarse.mask[0] > 0.5
-        radius = int(np.ceil(config.dilate_px))
-        hull = coarse.mask[None]
-        if radius:
-            hull = F.max_pool2d(hull, 2 * radius + 1, 1, radius)
-        # Inside the carving frustum: the mask grown by about the error of a 64 px render.
-        self.register_buffer("hull", (hull > 0.3).float())
-        known = coarse.surface
-        surface = torch.full_like(hull, float("nan")) if known is None else known[None]
-        surface = self._continued(surface)
-        self.register_buffer("surface", surface)
+        self.in_mask = coarse.mask[0] > 0.3
+        mask = self.picture.mask[None]
+        radius = max(1, round(config.dilate_px * max(mask.shape) / HULL_PIXELS))
+        # 1 inside the carving frustum, the mask and a narrow margin; 2 inside the mask itself.
+        hull = (F.max_pool2d(mask, 2 * radius + 1, 1, radius) > 0.3).float() + (mask > 0.5)
+        self.register_buffer("hull", hull)
+        known = torch.full_like(coarse.mask, float("nan")) if coarse.surface is None else coarse.surface
+        self.register_buffer("surface", self._continued(known[None]))
 
     def _continued(self, surface: Tensor) -> Tensor:
-        """Distances grown a few pixels into where there are none (nan); -1 where the picture has no say."""
-        filled = surface.nan_to_num(nan=-1.0)
-        filled = torch.where(self.in_mask, filled, -1.0)
-        for _ in range(N_RIM_PIXELS):
-            filled = torch.where(filled < 0, F.max_pool2d(filled, 3, 1, 1), filled)
-        # A pixel of the object that meets no density yet is all the picture's; one far outside is none of it.
+        """Distances grown into where there are none (nan): all over the mask, a few pixels past it, -1 beyond."""
+        filled = torch.where(self.in_mask, surface.nan_to_num(nan=-1.0), -1.0)
+        for step in range(N_FILLED_PIXELS):
+            grown = torch.where(filled < 0, F.max_pool2d(filled, 3, 1, 1), filled)
+            # Past the mask only the first few pixels; inside it as far as it goes.
+            filled = grown if step < N_RIM_PIXELS else torch.where(self.in_mask, grown, filled)
+        # A pixel of the object that meets no density at all is the picture's all along its ray.
         return torch.where(filled < 0, torch.where(self.in_mask, float("inf"), -1.0), filled)
 
     @torch.no_grad()
@@ -129,7 +131,10 @@ class _View(nn.Module):
         self.surface = self._continued(found.view(1, 1, *self.in_mask.shape))
 
     def lookup(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Picture colors (n, 3), whether inside the carving frustum (n), distances and surface distances (n)."""
+        """Picture colors (n, 3), place in the silhouette (n), distances and surface distances (n).
+
+        The place is 2 inside the mask, 1 in the margin around it, 0 outside; 1 behind the camera.
+        """
         camera = self.picture.camera
         uv, z_depths = camera.project(positions)
         grid = (uv / torch.tensor([camera.width, camera.height], device=uv.device) * 2 - 1)[None, None]
@@ -139,7 +144,7 @@ class _View(nn.Module):
         surface = F.grid_sample(self.surface, grid, mode="nearest", align_corners=False, padding_mode="border")[0, 0, 0]
         in_picture = (grid[0, 0].abs() <= 1).all(-1) & (z_depths > 0)
         surface = torch.where(in_picture, surface, -1.0)
-        return rgb, (hull > 0) | (z_depths <= 0), camera.distances(positions), surface
+        return rgb, torch.where(z_depths > 0, hull, 1.0), camera.distances(positions), surface
 
 
 class ConstrainedField(nn.Module):
@@ -151,6 +156,7 @@ class ConstrainedField(nn.Module):
         self.views = nn.ModuleList(_View(view, config, field.aabb.device) for view in views)
         self.fraction = config.fraction_start
         self.delta = config.delta
+        self.has_shell = config.kind == "known_depth"
 
     @property
     def aabb(self) -> Tensor:
@@ -161,28 +167,39 @@ class ConstrainedField(nn.Module):
         other = ConstrainedField(self.field, views, self.config)
         for mine, theirs in zip(self.views, other.views):
             theirs.surface = mine.surface
-        other.fraction, other.delta = self.fraction, self.delta
+        other.fraction, other.delta, other.has_shell = self.fraction, self.delta, self.has_shell
         return other
 
     def set_progress(self, progress: float) -> None:
-        """The fraction falls during the first half: the median paints less of a half-formed blob than the 98th percentile."""
+        """The fraction falls during the first half: the median paints less of a half-formed blob than the 98th percentile.
+
+        From `shell_from` on the inferred form, too, has its opaque shell: the article's first form at the depth of its second.
+        """
         part = min(1.0, 2 * progress)
         self.fraction = self.config.fraction_start + part * (self.config.fraction_end - self.config.fraction_start)
+        kind = self.config.kind
+        self.has_shell = kind == "known_depth" or (kind == "inferred_depth" and progress >= self.config.shell_from)
 
     def infer_surfaces(self, n_samples: int, occupancy: OccupancyGrid | None = None) -> None:
         """Update d_ref of every view from the live field (inferred form only)."""
         if self.config.kind != "known_depth":
+            # Without the shell, or the surface would only ever find itself.
+            has_shell, self.has_shell = self.has_shell, False
             for view in self.views:
                 view.infer_surface(self, n_samples, self.fraction, occupancy)
+            self.has_shell = has_shell
 
     def _constrained_density(self, density: Tensor, lookups: list) -> Tensor:
-        for _, is_inside, distances, surface in lookups:
-            density = torch.where(is_inside, density, 0.0)
+        for _, place, _, _ in lookups:
+            density = torch.where(place > 0, density, 0.0)
+        if not self.has_shell:
+            return density
+        for _, place, distances, surface in lookups:
+            is_known = (place > 1) & surface.isfinite() & (surface > 0)
+            in_shell = is_known & ((distances - surface).abs() <= self.delta)
+            density = torch.where(in_shell, density.clamp(min=self.config.shell_density), density)
             if self.config.kind == "known_depth":
-                is_known = surface.isfinite() & (surface > 0)
-                in_front = is_known & (distances < surface - self.delta)
-                in_shell = is_known & ((distances - surface).abs() <= self.delta)
-                density = torch.where(in_front, 0.0, torch.where(in_shell, self.config.shell_density, density))
+                density = torch.where(is_known & (distances < surface - self.delta), 0.0, density)
         return density
 
     def density(self, positions: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:

@@ -1,0 +1,69 @@
+"""Settings: presets, overrides by name, and the round trip through JSON."""
+
+import json
+
+import pytest
+
+from conrad_engine import config as c
+from conrad_engine.errors import InputError
+from conrad_engine.files import make_folder, write_atomic
+
+
+@pytest.mark.parametrize("name", c.PRESETS)
+@pytest.mark.parametrize("guidance", c.GUIDANCES)
+def test_round_trip(name, guidance):
+    config = c.with_overrides(c.preset(name), {"guidance": guidance, "seed": 7, "optimize.rate": "0.5"})
+    assert c.from_json(json.loads(json.dumps(c.to_json(config)))) == config
+
+
+def test_overrides_convert_text():
+    config = c.with_overrides(
+        c.preset("draft"), {"field.resolution": "80", "picture.is_elevation_known": "false", "constraint.kind": "loss"}
+    )
+    assert config.field_.resolution == 80 and config.picture.is_elevation_known is False
+    assert config.constraint.kind == "loss"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("optimize.n_stepz", 1, "unknown setting"),
+        ("optimize", 1, "group"),
+        ("seed.x", 1, "no parts"),
+        ("optimize.n_steps", "many", "must be int"),
+        ("optimize.n_steps", 1.5, "must be int"),
+        ("optimize.rate", "nan", "finite"),
+        ("picture.is_elevation_known", "maybe", "must be bool"),
+        ("guidance", "magic", "unknown guidance"),
+        ("constraint.kind", "wish", "unknown constraint"),
+        ("mesh.n_faces", 5, "at least 100"),
+        ("picture.elevation_deg", 95, "elevation"),
+    ],
+)
+def test_bad_settings_are_named(name, value, message):
+    with pytest.raises(InputError, match=message):
+        c.with_overrides(c.preset("standard"), {name: value})
+
+
+def test_unknown_preset():
+    with pytest.raises(InputError, match="draft, standard, fine"):
+        c.preset("best")
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match="disk is full"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_folder_in_the_place_of_a_file(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(InputError, match="choose another folder"):
+        make_folder(tmp_path / "x" / "y")

@@ -1,0 +1,260 @@
+"""The loop on a toy: an analytic prior pulls the field to a known ball; stopping and resuming change nothing."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from conrad_engine import optimize as loop
+from conrad_engine.checkpoint import load_checkpoint, save_checkpoint
+from conrad_engine.config import (
+    ConstraintConfig,
+    FieldConfig,
+    OptimizeConfig,
+    PictureConfig,
+    PipelineConfig,
+    RenderConfig,
+)
+from conrad_engine.constraint import reference_view
+from conrad_engine.errors import Cancelled, InputError, OptimizationError
+from conrad_engine.fields.radiance_field import make_field
+from conrad_engine.guidance.interfaces import GuidanceResult
+from conrad_engine.monitor import Command, Monitor
+from conrad_engine.preprocess.framing import frame_object
+from conrad_engine.rendering.renderer import render_picture
+
+RADIUS = 0.575
+"""The ball whose silhouette, in perspective, is the disc of the picture."""
+BOX = torch.tensor([[-0.85, -1.0, -0.85], [0.85, 1.0, 0.85]])
+CPU = torch.device("cpu")
+
+
+def ball_picture(cameras) -> torch.Tensor:
+    """What a green ball looks like: premultiplied RGBA (n, 4, h, w)."""
+    origins, directions = cameras.rays()
+    closest = (origins - (origins * directions).sum(-1, keepdim=True) * directions).norm(dim=-1)
+    alpha = torch.sigmoid((RADIUS - closest) / 0.01).view(len(cameras), 1, cameras.height, cameras.width)
+    return torch.cat([0.1 * alpha, 0.8 * alpha, 0.1 * alpha, alpha], 1)
+
+
+class BallPrior:
+    """Knows exactly what the object looks like from everywhere."""
+
+    picture_size = 32
+
+    def __init__(self) -> None:
+        self.n_calls = 0
+
+    def set_reference(self, reference) -> None: ...
+
+    def gradient(self, rgba, cameras, progress, generator=None) -> GuidanceResult:
+        self.n_calls += 1
+        return GuidanceResult(rgba - ball_picture(cameras), 0.0)
+
+    def sample_views(self, cameras, n_steps, scale=None, generator=None, **_):
+        return ball_picture(cameras)
+
+
+def toy(kind="inferred_depth", steps=60, warm=0, field="dense_volume", **settings):
+    config = PipelineConfig(
+        field_=FieldConfig(
+            kind=field,
+            resolution=32,
+            coarsest=8,
+            n_levels=6,
+            log2_table=12,
+            max_resolution=64,
+            start_levels=4,
+            blob_radius=0.3,
+        ),
+        render=RenderConfig(size=32, n_samples=32, occupancy_resolution=24),
+        constraint=ConstraintConfig(kind=kind, depth_size=48),
+        optimize=OptimizeConfig(
+            warm_start_views=4 if warm else 0, warm_start_steps=warm, n_steps=steps, n_views=2, **settings
+        ),
+    )
+    disc = np.zeros((64, 64, 3), np.float32) + [0.9, 0.2, 0.1]
+    v, u = np.mgrid[:64, :64] - 31.5
+    mask = (np.hypot(u, v) < 24).astype(np.float32)
+    frame = frame_object(mask, None, PictureConfig(elevation_deg=0))
+    view = reference_view(disc.astype(np.float32), mask, frame.camera)
+    torch.manual_seed(0)
+    state = loop.make_state(make_field(config.field_, BOX), [view], config, CPU)
+    return state, config, frame, view
+
+
+def run(state, config, frame, prior=None, monitor=None, save=lambda s: None):
+    loop.optimize(state, prior or BallPrior(), frame.condition, config, monitor or Monitor(), save, lambda s: None)
+
+
+def ball_error(state, frame) -> float:
+    cameras = loop.ring_cameras(frame.condition, 3, 0.85, 32)
+    state.field.prepare()
+    error = []
+    for index, truth in enumerate(ball_picture(cameras)):
+        picture = render_picture(state.constrained, cameras[index], 64)
+        error.append((picture.opacities - truth[3]).abs().mean())
+    return float(torch.stack(error).mean())
+
+
+@pytest.mark.parametrize("field", ["dense_volume", "hash_grid"])
+def test_distillation_finds_the_ball_behind_a_red_disc(field):
+    state, config, frame, view = toy(steps=90, field=field)
+    before = ball_error(state, frame)
+    run(state, config, frame)
+    assert ball_error(state, frame) < min(0.05, before / 2)
+    back = render_picture(state.constrained, loop.ring_cameras(frame.condition, 1, 0.85, 33)[0], 64)
+    color = back.rgb[16, 16] / back.opacities[16, 16]
+    assert color[1] > color[0] + 0.25, "the back is the prior's green"
+    state.constrained.infer_surfaces(128)
+    front = render_picture(state.constrained, view.camera, 128)
+    inside = view.mask[0] > 0.99
+    mse = (front.rgb - view.rgb.permute(1, 2, 0) * front.opacities[..., None]).square().mean(-1)[inside].mean()
+    assert -10 * math.log10(mse) > 30, "the front is the picture's red although the prior wants green"
+
+
+def test_warm_start_fits_sampled_views():
+    state, config, frame, _ = toy(steps=0, warm=60)
+    prior = BallPrior()
+    run(state, config, frame, prior)
+    assert prior.n_calls == 0 and len(state.sampled) == 4
+    assert ball_error(state, frame) < 0.08
+
+
+def test_loss_instead_of_the_constraint_leaves_the_front_to_compromise():
+    """The article's claim on a toy: where picture and prior disagree, a loss gives in and the constraint does not."""
+    error = {}
+    for kind in ("inferred_depth", "loss"):
+        state, config, frame, view = toy(kind, steps=60)
+        run(state, config, frame)
+        state.constrained.infer_surfaces(128)
+        picture = render_picture(state.constrained, view.camera, 128)
+        inside = view.mask[0] > 0.99
+        error[kind] = float((picture.rgb - view.rgb.permute(1, 2, 0))[inside].square().mean())
+    assert error["inferred_depth"] < error["loss"] / 4
+
+
+def test_resumed_run_equals_an_undisturbed_one(tmp_path):
+    straight, config, frame, _ = toy(steps=24, warm=16)
+    run(straight, config, frame)
+
+    class StopAt(Monitor):
+        def __init__(self, state, step):
+            self.state, self.step = state, step
+
+        def command(self):
+            return Command.CANCEL if self.state.step >= self.step else Command.RUN
+
+    stopped, *_ = toy(steps=24, warm=16)
+    save = lambda s: save_checkpoint(tmp_path, s, config, "same")  # noqa: E731
+    with pytest.raises(Cancelled, match="step 21 of 40"):
+        run(stopped, config, frame, monitor=StopAt(stopped, 21), save=save)
+    resumed, *_ = toy(steps=24, warm=16)
+    assert load_checkpoint(tmp_path, resumed, config, "same") and resumed.step == 21
+    run(resumed, config, frame)
+    for a, b in zip(straight.field.parameters(), resumed.field.parameters()):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_keep_ends_early_without_an_error():
+    state, config, frame, _ = toy(steps=50)
+
+    class KeepAt5(Monitor):
+        def command(self):
+            return Command.KEEP if state.step == 5 else Command.RUN
+
+    run(state, config, frame, monitor=KeepAt5())
+    assert state.step == 5
+
+
+def test_pause_holds_still_and_still_shows(monkeypatch):
+    state, config, frame, _ = toy(steps=3)
+    commands = iter([Command.PAUSE, Command.PAUSE, Command.RUN, Command.RUN, Command.RUN])
+    shown = []
+    monkeypatch.setattr(loop.time, "sleep", lambda s: None)
+
+    class Pausing(Monitor):
+        def command(self):
+            return next(commands)
+
+    loop.optimize(
+        state, BallPrior(), frame.condition, config, Pausing(), lambda s: None, lambda s: shown.append(s.step)
+    )
+    assert shown == [0, 0, 1, 2, 3]
+
+
+class BrokenPrior(BallPrior):
+    def __init__(self, n_broken):
+        super().__init__()
+        self.n_broken = n_broken
+
+    def gradient(self, rgba, cameras, progress, generator=None):
+        result = super().gradient(rgba, cameras, progress, generator)
+        return replace(result, gradient=result.gradient * float("nan")) if self.n_calls <= self.n_broken else result
+
+
+def test_non_finite_steps_are_skipped_and_counted():
+    state, config, frame, _ = toy(steps=8)
+    run(state, config, frame, BrokenPrior(3))
+    assert state.n_skipped == 3 and state.step == 8
+    assert all(torch.isfinite(p).all() for p in state.field.parameters())
+
+
+def test_many_non_finite_steps_end_the_run():
+    state, config, frame, _ = toy(steps=30)
+    with pytest.raises(OptimizationError, match="non-finite"):
+        run(state, config, frame, BrokenPrior(30))
+
+
+class HungryPrior(BallPrior):
+    """Runs out of memory above a number of views."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def gradient(self, rgba, cameras, progress, generator=None):
+        if len(rgba) > self.most:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return super().gradient(rgba, cameras, progress, generator)
+
+
+def test_out_of_memory_goes_on_with_fewer_views():
+    state, config, frame, _ = toy(steps=4)
+    run(state, config, frame, HungryPrior(1))
+    assert state.n_views == 1 and state.step == 4
+    state, config, frame, _ = toy(steps=4)
+    with pytest.raises(OptimizationError, match="draft"):
+        run(state, config, frame, HungryPrior(0))
+
+
+def test_checkpoints_refuse_what_is_not_theirs(tmp_path):
+    state, config, _, _ = toy()
+    assert load_checkpoint(tmp_path, state, config, "a") is False
+    save_checkpoint(tmp_path, state, config, "a")
+    with pytest.raises(InputError, match="another picture"):
+        load_checkpoint(tmp_path, state, config, "b")
+    other = replace(config, field_=replace(config.field_, resolution=40))
+    with pytest.raises(InputError, match="other field settings"):
+        load_checkpoint(tmp_path, state, other, "a")
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="not a checkpoint"):
+        load_checkpoint(tmp_path, state, config, "a")
+    torch.save({"version": 0}, path)
+    with pytest.raises(InputError, match="version 0"):
+        load_checkpoint(tmp_path, state, config, "a")
+
+
+def test_views_spread_over_sectors_and_the_range_grows(generator):
+    state, config, frame, _ = toy(steps=100)
+    early = loop.random_cameras(state, frame.condition, config, generator)
+    state.step, state.n_views = 99, 8
+    late = loop.random_cameras(state, frame.condition, config, generator)
+    early_azimuth = torch.atan2(early.positions[:, 0], -early.positions[:, 1])
+    assert early_azimuth.abs().max() <= 0.3 * math.pi + 1e-4
+    azimuths = torch.atan2(late.positions[:, 0], -late.positions[:, 1]).sort().values
+    gaps = torch.cat([azimuths.diff(), azimuths[:1] + 2 * math.pi - azimuths[-1:]])
+    assert gaps.max() < 2 * (2 * math.pi / 8) + 1e-4
