@@ -194,9 +194,10 @@ def test_ism_is_its_formula(folder):
     torch.testing.assert_close(found, (1 - a["t"]) * (eps_t - eps_s), atol=1e-4, rtol=1e-3)
 
 
-def test_the_ip_adapter_shows_the_picture(folder, tmp_path):
+@pytest.mark.parametrize("is_plus", [False, True])
+def test_the_ip_adapter_shows_the_picture(folder, tmp_path, is_plus):
     guidance = make_guidance(StableDiffusionConfig(model=str(folder)), CPU)
-    adapter = tiny.write_ip_adapter(tmp_path / "adapter", guidance.distiller.network)
+    adapter = tiny.write_ip_adapter(tmp_path / "adapter", guidance.distiller.network, is_plus)
     config = StableDiffusionConfig(model=str(folder), ip_adapter=str(adapter))
     first, second = (gradient_of(config, reference(seed=seed))[1].gradient for seed in (1, 9))
     assert (first - second).abs().max() > 1e-3 * first.abs().max(), "another picture, another gradient"
@@ -206,6 +207,31 @@ def test_the_ip_adapter_shows_the_picture(folder, tmp_path):
     # With the adapter, no prompt is needed; the presets agree too.
     split = StableDiffusionConfig(model=str(folder), ip_adapter=str(adapter), weights=WeightsConfig(memory="6"))
     close(gradient_of(split, reference(prompt=""))[1].gradient, gradient_of(config, reference(prompt=""))[1].gradient)
+
+
+@pytest.mark.parametrize("is_plus", [False, True])
+def test_without_the_picture_the_adapter_sees_what_its_library_says(folder, tmp_path, is_plus):
+    """Both branches against diffusers' own preparation of the picture and of its absence."""
+    network = make_guidance(StableDiffusionConfig(model=str(folder)), CPU).distiller.network
+    adapter = tiny.write_ip_adapter(tmp_path / "adapter", network, is_plus)
+    guidance, _ = gradient_of(StableDiffusionConfig(model=str(folder), ip_adapter=str(adapter), perp_neg=False))
+    noisy, timesteps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    text = guidance.text.mixed(torch.tensor([[0.0, 1, 0, 0, 0]]), sees_picture=True)
+    plain = guidance.text.mixed(torch.tensor([[1.0, 0, 0, 0, 0]]), sees_picture=False)
+    white = reference().rgba[:3] + 1 - reference().rgba[3:]
+    from PIL import Image
+
+    shown = Image.fromarray((white.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
+    pipe = guidance.pipeline
+    (embeds,) = pipe.prepare_ip_adapter_image_embeds([shown], None, CPU, 1, do_classifier_free_guidance=True)
+    tokens = torch.cat([plain.tokens, text.tokens])
+    with torch.no_grad():
+        expected = pipe.unet(
+            noisy.repeat(2, 1, 1, 1), 500, tokens, added_cond_kwargs={"image_embeds": [embeds]}, return_dict=False
+        )[0]
+        found = torch.cat(guidance._ask(noisy, timesteps, [plain, text], slice(0, 1)))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
 
 
 def test_an_adapter_with_pickles_is_refused(folder, tmp_path):

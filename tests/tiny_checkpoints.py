@@ -209,21 +209,47 @@ def write_zero123(folder: Path, projection: str = "cc_projection") -> Path:
     return folder
 
 
-def write_ip_adapter(folder: Path, unet) -> Path:
+def _plain_image_projection(random) -> dict[str, torch.Tensor]:
+    return {
+        "proj.weight": random(4 * WIDTH, WIDTH),
+        "proj.bias": torch.zeros(4 * WIDTH),
+        "norm.weight": torch.ones(WIDTH),
+        "norm.bias": torch.zeros(WIDTH),
+    }
+
+
+def _plus_image_projection(random) -> dict[str, torch.Tensor]:
+    """Four layers of a resampler with one head of 64, which reads all tokens of the image encoder."""
+    inner = 64
+    state = {"latents": random(1, 16, inner)}
+    for name, shape in (("proj_in", (inner, WIDTH)), ("proj_out", (WIDTH, inner))):
+        state |= {f"{name}.weight": random(*shape), f"{name}.bias": torch.zeros(shape[0])}
+    norms = {"norm_out": WIDTH}
+    for i in range(4):
+        norms |= {f"layers.{i}.0.norm1": inner, f"layers.{i}.0.norm2": inner, f"layers.{i}.1.0": inner}
+        shapes = {"0.to_q": (inner, inner), "0.to_kv": (2 * inner, inner), "0.to_out": (inner, inner)}
+        shapes |= {"1.1": (4 * inner, inner), "1.3": (inner, 4 * inner)}
+        state |= {f"layers.{i}.{name}.weight": random(*shape) for name, shape in shapes.items()}
+    for name, width in norms.items():
+        state |= {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+    return state
+
+
+def write_ip_adapter(folder: Path, unet, is_plus: bool = False) -> Path:
     """An IP-Adapter for the tiny network, with its image encoder, in the layout of `h94/IP-Adapter`."""
     generator = torch.Generator().manual_seed(70)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
     _save(_vision(), folder / "models" / "image_encoder")
-    state = {
-        "image_proj.proj.weight": torch.randn(4 * WIDTH, WIDTH, generator=generator) / WIDTH**0.5,
-        "image_proj.proj.bias": torch.zeros(4 * WIDTH),
-        "image_proj.norm.weight": torch.ones(WIDTH),
-        "image_proj.norm.bias": torch.zeros(WIDTH),
-    }
+    projection = _plus_image_projection(random) if is_plus else _plain_image_projection(random)
+    state = {f"image_proj.{key}": value for key, value in projection.items()}
     # Published files number the cross-attentions 1, 3, 5, ... in the order of the network's attention processors.
     names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
     for i, _ in enumerate(names):
         for part in ("to_k_ip", "to_v_ip"):
-            state[f"ip_adapter.{2 * i + 1}.{part}.weight"] = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
+            state[f"ip_adapter.{2 * i + 1}.{part}.weight"] = random(WIDTH, WIDTH)
     save_file(state, folder / "models" / "ip-adapter_sd15.safetensors", {"format": "pt"})
     return folder
 

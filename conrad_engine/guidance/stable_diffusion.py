@@ -69,6 +69,7 @@ class StableDiffusionGuidance:
         self.distiller = Distiller(space, schedule, unet, self._denoiser, config, plan, self.picture_size)
         self.text: TextCondition | None = None
         self.image_prompts: list[Tensor] = []
+        """Per adapter two rows: what stands for no picture, and the picture."""
 
     @torch.no_grad()
     def set_reference(self, reference: ReferencePicture) -> None:
@@ -143,12 +144,8 @@ class StableDiffusionGuidance:
             extra["text_embeds"] = torch.cat([branch.pooled[views] for branch in branches])
             extra["time_ids"] = self.time_ids.expand(k * n, -1)
         if self.image_prompts:
-            extra["image_embeds"] = [
-                torch.cat(
-                    [(prompt if b.sees_picture else torch.zeros_like(prompt)).repeat_interleave(n, 0) for b in branches]
-                )
-                for prompt in self.image_prompts
-            ]
+            rows = [int(branch.sees_picture) for branch in branches for _ in range(n)]
+            extra["image_embeds"] = [torch.cat([pair[row : row + 1] for row in rows]) for pair in self.image_prompts]
         tokens = torch.cat([branch.tokens[views] for branch in branches])
         return self.distiller.ask(noisy, timesteps, tokens, extra=extra or None)
 
@@ -172,7 +169,7 @@ class StableDiffusionGuidance:
         rgb = composited(reference.rgba[None], white)[0].clamp(0, 1)
         picture = Image.fromarray((rgb.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
         encoded = self.pipeline.prepare_ip_adapter_image_embeds(
-            picture, None, self.pipeline.image_encoder.device, 1, do_classifier_free_guidance=False
+            picture, None, self.pipeline.image_encoder.device, 1, do_classifier_free_guidance=True
         )
         return [embeds.to(self.device, self.dtype) for embeds in encoded]
 
