@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .protocol import FINAL_STATES, JobState, Preview, Progress, Result
+from .protocol import FINAL_STATES, JobState, Preview, Progress, ProtocolError, Result, Submit, decode, encode
 
 ACTIVE_STATES = ("queued", "running", "paused")
 STAGE_NAMES = {
@@ -93,6 +93,8 @@ class Job:
     """Number of the result whose arrays were asked for."""
     is_remembered: bool = False
     """Known from notes of an earlier session only; the engine has not spoken of it yet."""
+    is_unknown: bool = False
+    """The engine was asked and does not have it."""
     problem: str = ""
     """What went wrong on this side: a refused request, an import that failed."""
 
@@ -140,6 +142,8 @@ class Job:
         if self.problem:
             return self.problem
         if self.state is None:
+            if self.is_unknown:
+                return "Not in This Engine"
             return "Known When the Engine Runs" if self.is_remembered else "Sending"
         if self.state.command:
             return "Finishing" if self.state.command == "keep" else "Stopping"
@@ -205,6 +209,43 @@ class JobTable:
         except OSError:
             return
 
+    def keep_request(self, request: Submit) -> None:
+        """Keep a job that the engine has not confirmed yet: it is sent even if Blender dies now."""
+        if self._folder is None:
+            return
+        frames = [bytes(frame) for frame in encode(request)]
+        partial = self._folder / f"{request.job}.part"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                for frame in frames:
+                    file.write(len(frame).to_bytes(8, "little") + frame)
+            os.replace(partial, self._folder / f"{request.job}.unsent")
+        except OSError:
+            # A full disk: the job is still sent, only not after a crash.
+            return
+
+    def confirmed(self, job_id: str) -> None:
+        """The engine has the job."""
+        if self._folder is not None:
+            (self._folder / f"{job_id}.unsent").unlink(missing_ok=True)
+
+    def unsent(self) -> dict[str, Submit]:
+        """Jobs of an earlier session that no engine has confirmed."""
+        found = {}
+        for path in [] if self._folder is None else sorted(self._folder.glob("*.unsent")):
+            try:
+                data, frames = path.read_bytes(), []
+                while data:
+                    length = int.from_bytes(data[:8], "little")
+                    frames.append(data[8 : 8 + length])
+                    data = data[8 + length :]
+                found[path.stem] = decode(frames)
+            except (OSError, ProtocolError):
+                # Damaged, or of another version: it cannot be sent any more.
+                continue
+        return found
+
     def add(self, notes: Notes) -> Job:
         """Take up a job that is being sent."""
         notes.submitted_unix_s = notes.submitted_unix_s or time.time()
@@ -216,6 +257,7 @@ class JobTable:
         self.jobs.pop(job_id, None)
         if self._folder is not None:
             (self._folder / f"{job_id}.json").unlink(missing_ok=True)
+            (self._folder / f"{job_id}.unsent").unlink(missing_ok=True)
 
     def take_state(self, state: JobState) -> Job:
         """The newest word about a job; one that was submitted by someone else is listed too."""

@@ -148,7 +148,7 @@ class CONRAD_OT_keep(JobOperator, bpy.types.Operator):
 
 
 class CONRAD_OT_continue(JobOperator, bpy.types.Operator):
-    bl_idname = "conrad.continue"
+    bl_idname = "conrad.continue_job"
     bl_label = "Continue"
     bl_description = "Optimize the ended job further, for the number of steps beside this button"
 
@@ -311,6 +311,11 @@ class CONRAD_OT_drop_picture(bpy.types.Operator):
             image = bpy.data.images.load(bpy.path.abspath(path), check_existing=True)
         except RuntimeError as error:
             self.report({"ERROR"}, f"{Path(path).name} cannot be read as a picture: {error}")
+            return {"CANCELLED"}
+        if not image.size[0]:
+            if not image.users:
+                bpy.data.images.remove(image)
+            self.report({"ERROR"}, f"{Path(path).name} has no pixels: it is no picture that Blender reads")
             return {"CANCELLED"}
         settings = context.scene.conrad
         if settings.camera is not None and settings.camera.conrad.image not in (None, image):

@@ -398,7 +398,7 @@ class Results(ConradPanel):
             layout.operator("conrad.resume", text="Start Again", icon="FILE_REFRESH")
         if job.state_name in ("done", "cancelled"):
             row = layout.row(align=True)
-            row.operator("conrad.continue", icon="FORWARD")
+            row.operator("conrad.continue_job", icon="FORWARD")
             row.prop(settings, "extra_steps", text="Steps")
             row = layout.row(align=True)
             row.operator("conrad.extract", icon="MESH_ICOSPHERE")

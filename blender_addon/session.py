@@ -32,6 +32,7 @@ from .protocol import (
     FreeMemory,
     JobState,
     Listed,
+    ListJobs,
     Preview,
     Progress,
     ProtocolError,
@@ -121,6 +122,9 @@ class Session:
     """Requests for when a connection is there."""
     _asked: dict[int, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._unsent.update(self.table.unsent())
+
     # What is asked of it
 
     def want(self, by_person: bool = False) -> None:
@@ -133,6 +137,7 @@ class Session:
     def submit(self, request: Submit, notes: Notes) -> Job:
         """Send a job; it is kept until the engine has confirmed it."""
         job = self.table.add(notes)
+        self.table.keep_request(request)
         self._unsent[request.job] = request
         if self.client is not None:
             self._send(request)
@@ -367,6 +372,7 @@ class Session:
                 self.problem = ""
                 self._found_since = None if self.launcher.is_running else self._found_since
                 self.launcher.answered()
+                self._send(ListJobs())
             case JobState():
                 return self._take_state(message)
             case Progress():
@@ -384,12 +390,15 @@ class Session:
                 return self._take_error(message, asked)
             case Status():
                 self.problem = message.problem if message.problem else self.problem
-            case Accepted() | Listed():
+            case Listed():
+                return self._take_end_of_list()
+            case Accepted():
                 pass
         return []
 
     def _take_state(self, state: JobState) -> list[Event]:
-        self._unsent.pop(state.job, None)
+        if self._unsent.pop(state.job, None) is not None:
+            self.table.confirmed(state.job)
         before = self.table.jobs.get(state.job)
         old_result = before.result_number if before is not None and before.state is not None else 0
         job = self.table.take_state(state)
@@ -398,6 +407,14 @@ class Session:
                 if part in state.parts:
                     self._send(Fetch(job.id, part))
         return [Event("job", job.id)]
+
+    def _take_end_of_list(self) -> list[Event]:
+        """Everything the engine has was told: jobs it has not are not its jobs."""
+        assert self.client is not None
+        lost = [j for j in self.table.jobs.values() if j.is_remembered and j.state is None and j.id not in self._unsent]
+        for job in lost:
+            job.is_unknown = job.id not in self.client.jobs
+        return [Event("job", job.id) for job in lost]
 
     def _take_result(self, result: Result) -> list[Event]:
         job = self.table.jobs.get(result.job)
@@ -441,6 +458,7 @@ class Session:
             return [Event("forgotten", job_id)]
         if isinstance(asked, Submit):
             self._unsent.pop(job_id, None)
+            self.table.confirmed(job_id)
             if job is not None:
                 # A job that was refused has no other state than this one.
                 job.state = JobState(job_id, 0, "failed", job.name, error_code=error.code, error_message=error.message)

@@ -235,6 +235,22 @@ def test_a_session_finds_an_engine_and_runs_a_job_to_its_arrays(tmp_path):
         later.end()
 
 
+def test_a_job_sent_to_nobody_reaches_the_engine_of_a_later_session(tmp_path):
+    session = make_session(tmp_path / "blender", tmp_path / "data")
+    request = toy_job(5)
+    session.submit(request, Notes(request.job))
+    session.end()
+    with running(tmp_path / "data") as engine:
+        later = make_session(tmp_path / "blender", engine.folder)
+        later.table.save(Notes("9" * 32, "of another engine"))
+        later = make_session(tmp_path / "blender", engine.folder)
+        later.want()
+        poll_until(later, lambda: later.table.jobs[request.job].state_name == "done")
+        assert not list((tmp_path / "blender" / "jobs").glob("*.unsent"))
+        poll_until(later, lambda: later.table.jobs["9" * 32].status() == "Not in This Engine")
+        later.end()
+
+
 def test_keep_cancel_and_resume(tmp_path):
     with running(tmp_path / "data") as engine:
         session = make_session(tmp_path / "blender", engine.folder)

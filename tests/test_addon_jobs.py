@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from blender_addon import batch
 from blender_addon.jobs import JobTable, Notes, clock
-from blender_addon.protocol import JobState, Progress, new_job_id
+from blender_addon.protocol import JobState, Progress, Submit, new_job_id
 
 
 def state(job: str, revision: int, name: str, **fields) -> JobState:
@@ -75,6 +75,18 @@ def test_notes_survive_and_damage_costs_one_line(tmp_path):
     assert not again.jobs["1" * 32].is_active and "Engine Runs" in again.jobs["1" * 32].status()
     again.remove("1" * 32)
     assert "1" * 32 not in JobTable(tmp_path).jobs
+
+
+def test_a_job_that_was_not_sent_is_kept_until_the_engine_has_it(tmp_path):
+    table = JobTable(tmp_path)
+    request = Submit(new_job_id(), "pot", picture=b"bytes", pixels=None, c2w=(1.0,) * 16)
+    table.keep_request(request)
+    (tmp_path / "damaged.unsent").write_bytes(b"1234567890")
+    kept = JobTable(tmp_path).unsent()
+    assert list(kept) == [request.job] and bytes(kept[request.job].picture) == b"bytes"
+    assert kept[request.job].c2w == request.c2w
+    table.confirmed(request.job)
+    assert JobTable(tmp_path).unsent() == {}
 
 
 def test_clock():

@@ -55,7 +55,7 @@ class JobResult:
 
 
 def describe_device(name: str) -> WorkerReady:
-    return WorkerReady("test device", 6 << 30, 8 << 30, 8 << 30, ("embedded",))
+    return WorkerReady("test device", 1, 6 << 30, 8 << 30, ("embedded",))
 
 
 def generate(job: Job, folder: Path, monitor: Monitor) -> JobResult:

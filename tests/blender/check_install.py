@@ -1,0 +1,118 @@
+"""Enabling and disabling: quick, repeatable, without leftovers; another file and undo at any moment."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import bpy
+from common import MODULE, empty_scene, main, part
+
+LIMIT_S = 0.5
+
+
+def leftovers() -> dict[str, set]:
+    """Everything an add-on can leave behind."""
+    handlers = bpy.app.handlers
+    return {
+        "classes": {name for name in dir(bpy.types) if "conrad" in name.lower()},
+        "operators": {name for name in dir(bpy.ops) if name == "conrad"},
+        "handlers": {
+            f"{name}.{function.__module__}"
+            for name in dir(handlers)
+            if isinstance(getattr(handlers, name), list)
+            for function in getattr(handlers, name)
+            if "conrad" in function.__module__
+        },
+        "properties": {
+            name
+            for kind in (bpy.types.Scene, bpy.types.Object, bpy.types.WindowManager)
+            for name in kind.bl_rna.properties.keys()
+            if name == "conrad"
+        },
+        "status bar": {f for f in bpy.types.STATUSBAR_HT_header.draw._draw_funcs if "conrad" in f.__module__},
+    }
+
+
+def check_cycles() -> None:
+    # bpy puts its scripts on the path when it is imported, not before.
+    import addon_utils
+
+    bpy.context.scene.conrad.image = bpy.data.images.new("picture", 64, 64)
+    for _ in range(5):
+        started = time.perf_counter()
+        addon_utils.disable(MODULE)
+        middle = time.perf_counter()
+        left = {kind: names for kind, names in leftovers().items() if names and kind != "operators"}
+        assert not left, left
+        addon_utils.enable(MODULE)
+        ended = time.perf_counter()
+        print(f"disable {middle - started:.3f} s, enable {ended - middle:.3f} s")
+        assert middle - started < LIMIT_S and ended - middle < LIMIT_S
+    assert bpy.context.scene.conrad.image.name == "picture", "the file's settings outlive disabling"
+    found = leftovers()
+    assert len(found["handlers"]) == 6 and found["properties"] == {"conrad"} and len(found["status bar"]) == 1
+
+
+def check_first_use() -> None:
+    """Reasons are given before anything is set up; nothing starts by itself."""
+    requests, preferences = part("requests"), part("preferences")
+    scene = empty_scene()
+    assert requests.why_not(bpy.context) == "Choose a picture first"
+    scene.conrad.image = bpy.data.images.new("picture", 64, 64)
+    assert "Set up the engine" in requests.why_not(bpy.context)
+    assert not bpy.ops.conrad.generate.poll()
+    assert not part("link").has_session(), "nothing was started"
+    chosen = preferences.get()
+    chosen.use_remote, chosen.remote_endpoint = True, "tcp://gpu.example.org:5555"
+    expected = "" if bpy.app.online_access else "Online Access"
+    assert expected in preferences.why_no_engine()
+    chosen.remote_endpoint = "tcp://127.0.0.1:5555"
+    assert preferences.why_no_engine() == ""
+    chosen.use_remote = False
+    assert part("engine_setup").bundled_wheel(preferences.addon_folder()) is not None
+    operators = part("operators_engine")
+    if not bpy.app.online_access:
+        assert "Online Access" in operators.why_no_setup()
+    chosen.is_offline = True
+    assert "wheel folder" in operators.why_no_setup()
+
+
+def check_drop() -> None:
+    """A dropped file becomes the picture; something else is refused in words."""
+    scene = bpy.context.scene
+    try:
+        bpy.ops.conrad.drop_picture("EXEC_DEFAULT", filepath=__file__)
+    except RuntimeError as error:
+        assert "has no pixels" in str(error) or "cannot be read" in str(error), error
+    else:
+        assert scene.conrad.image.name != "check_install.py"
+    image = bpy.data.images.new("dropped", 8, 8)
+    image.filepath_raw, image.file_format = bpy.app.tempdir + "dropped.png", "PNG"
+    image.save()
+    bpy.ops.conrad.drop_picture("EXEC_DEFAULT", filepath=image.filepath_raw, with_camera=True)
+    assert scene.conrad.image.name.startswith("dropped") and scene.conrad.camera is not None
+
+
+def check_texts() -> None:
+    """Labels in title case, tooltips one sentence without a final dot."""
+    for name in dir(bpy.types):
+        if not name.startswith("CONRAD_OT_"):
+            continue
+        operator = getattr(bpy.types, name)
+        assert operator.bl_description and not operator.bl_description.endswith("."), name
+        assert operator.bl_label.istitle() or operator.bl_label[0].isupper(), name
+    for group in ("ConradSettings", "ConradBatchSettings", "ConradObject"):
+        for prop in part("properties").__dict__[group].bl_rna.properties:
+            assert not prop.description.endswith("."), (group, prop.identifier)
+
+
+def run() -> None:
+    check_cycles()
+    check_first_use()
+    check_drop()
+    check_texts()
+    sys.stdout.flush()
+
+
+main(run)

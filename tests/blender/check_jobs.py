@@ -1,0 +1,217 @@
+"""Jobs from inside Blender against a real engine process that the add-on starts itself, with the ball pipeline.
+
+PYTHON_WITH_BPY check_jobs.py ZIP ENGINE_PYTHON DATA_FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import bpy
+import numpy as np
+from common import empty_scene, main, part, preferences, pump_until
+
+PIPELINE = "tests.blender.ball_pipeline"
+
+
+def use_engine() -> None:
+    preferences().engine_python, preferences().data_folder = sys.argv[2], sys.argv[3]
+    preferences().engine_options = f"--pipeline {PIPELINE}"
+
+
+def painted(name: str, width: int = 120, height: int = 90) -> bpy.types.Image:
+    """A picture that exists in Blender only."""
+    image = bpy.data.images.new(name, width, height, alpha=True)
+    pixels = np.zeros((height, width, 4), np.float32)
+    pixels[20:70, 30:90] = (0.8, 0.3, 0.1, 1.0)
+    image.pixels.foreach_set(pixels.ravel())
+    image.update()
+    return image
+
+
+def table():  # noqa: ANN201
+    return part("link").session().table
+
+
+def submit(name: str = "pot", **settings):  # noqa: ANN003, ANN201
+    scene = bpy.context.scene
+    scene.conrad.image = scene.conrad.image or painted(name)
+    scene.conrad.image.name = name
+    scene.conrad.preset = "draft"
+    for key, value in settings.items():
+        setattr(scene.conrad, key, value)
+    before = set(table().jobs)
+    assert bpy.ops.conrad.generate() == {"FINISHED"}
+    [job_id] = set(table().jobs) - before
+    return table().jobs[job_id]
+
+
+def made_by(job) -> list[bpy.types.Object]:  # noqa: ANN001
+    return [item for item in bpy.data.objects if item.get("conrad_job") == job.id]
+
+
+def check_generate() -> None:
+    """From a painted picture to an object under it, through a camera; the engine is started on demand."""
+    session = part("link").session()
+    assert session.state_line() == "Stopped"
+    bpy.context.scene.conrad.image = painted("pot")
+    bpy.ops.conrad.add_camera()
+    job = submit(seed=7, n_faces=2000)
+    pump_until(lambda: session.is_connected)
+    pump_until(lambda: job.progress is not None and job.progress.step > 3)
+    assert "Optimizing" in job.status() and session.state.value == "Busy"
+    protocol = part("protocol")
+    session.tell(protocol.SetPreview(job.id, True, 5, width=64, height=48))
+    pump_until(lambda: job.preview is not None and job.preview.serial == 5)
+    assert job.preview.rgb.shape[:2] == (48, 64)
+    pump_until(lambda: made_by(job))
+    [item] = made_by(job)
+    assert item["conrad_seed"] == 7 and json.loads(item["conrad_config"])["seed"] == 7
+    assert item.data.materials[0].node_tree.nodes.active.image.packed_file is not None
+    # The ball stands where the proxy is, so it covers the picture through the camera.
+    proxy = bpy.context.scene.conrad.camera.conrad.proxy
+    bpy.context.view_layer.update()
+    points = np.array([item.matrix_world @ v.co for v in item.data.vertices])
+    assert np.allclose((points.max(0) + points.min(0)) / 2, proxy.location, atol=1e-3)
+    assert math.isclose(max(item.dimensions), proxy.scale.x, rel_tol=1e-3)
+    assert not job.is_waiting
+
+
+def check_without_camera() -> None:
+    scene = bpy.context.scene
+    scene.conrad.camera = None
+    scene.cursor.location = (4, 0, 1)
+    job = submit("cup", place="CURSOR", size=0.25)
+    pump_until(lambda: made_by(job))
+    [item] = made_by(job)
+    bpy.context.view_layer.update()
+    assert np.allclose(item.location, (4, 0, 1)) and math.isclose(max(item.dimensions), 0.25, rel_tol=1e-3)
+    scene.conrad.place = "CAMERA"
+
+
+def check_steering() -> None:
+    """Pause, resume, stop and keep, continue, extract again, cancel, forget."""
+    job = submit("slow one")
+    pump_until(lambda: job.progress is not None and job.progress.step > 3)
+    bpy.ops.conrad.pause(job=job.id)
+    pump_until(lambda: job.state_name == "paused")
+    bpy.ops.conrad.resume(job=job.id)
+    pump_until(lambda: job.state_name == "running")
+    bpy.ops.conrad.keep(job=job.id)
+    pump_until(lambda: made_by(job))
+    assert job.state.metrics["steps"] < 60
+    bpy.context.scene.conrad.extra_steps, bpy.context.scene.conrad.n_faces = 10, 500
+    bpy.ops.conrad.continue_job(job=job.id)
+    pump_until(lambda: job.result_number == 2 and len(made_by(job)) == 2, 30)
+    bpy.ops.conrad.extract(job=job.id)
+    pump_until(lambda: len(made_by(job)) == 3)
+    sizes = sorted(len(item.data.polygons) for item in made_by(job))
+    assert sizes[0] < 700 < sizes[-1], sizes
+    bpy.ops.conrad.import_result(job=job.id)
+    pump_until(lambda: len(made_by(job)) == 4)
+    bpy.ops.conrad.forget("EXEC_DEFAULT", job=job.id)
+    pump_until(lambda: job.id not in table().jobs)
+    job = submit("slow two")
+    pump_until(lambda: job.progress is not None)
+    bpy.ops.conrad.cancel(job=job.id)
+    pump_until(lambda: job.state_name == "cancelled")
+    assert not made_by(job)
+
+
+def check_failure_and_queue() -> None:
+    bad, good = submit("bad picture"), submit("good picture")
+    pump_until(lambda: bad.state_name == "failed" and made_by(good))
+    assert "shows no object" in bad.status()
+
+
+def check_start_mesh() -> None:
+    scene = bpy.context.scene
+    bpy.ops.mesh.primitive_monkey_add(location=(0, 0, 0.5))
+    monkey = bpy.context.active_object
+    scene.conrad.camera = next(i for i in bpy.data.objects if i.conrad.is_reference)
+    job = submit("from mesh", use_start=True, start=monkey)
+    pump_until(lambda: made_by(job))
+    assert json.loads(made_by(job)[0]["conrad_config"])["init"] is True
+    scene.conrad.use_start = False
+
+
+def check_waiting_in_another_file(folder: Path) -> None:
+    """A result that arrives while another file is open waits, and comes in when its file is opened again."""
+    bpy.ops.wm.save_as_mainfile(filepath=str(folder / "first.blend"))
+    job = submit("slow three")
+    bpy.ops.wm.save_mainfile()
+    pump_until(lambda: job.progress is not None)
+    bpy.ops.wm.read_homefile(use_empty=True)
+    pump_until(lambda: job.state_name == "done", 30)
+    part("link").pump()
+    assert job.is_waiting and not made_by(job) and not job.wants_import
+    assert len(bpy.context.window_manager.conrad.jobs) == len(table().jobs)
+    bpy.ops.wm.open_mainfile(filepath=str(folder / "first.blend"))
+    bpy.ops.conrad.import_result(job=job.id)
+    pump_until(lambda: made_by(job))
+
+
+def check_pictures_of_all_kinds(folder: Path) -> None:
+    """Files go as they are; painted, float, turned and rendered pictures go as they look."""
+    pictures = part("pictures")
+    scene = bpy.context.scene
+    image = painted("saved", 40, 30)
+    image.filepath_raw, image.file_format = str(folder / "saved.png"), "PNG"
+    image.save()
+    loaded = bpy.data.images.load(str(folder / "saved.png"))
+    assert pictures.picture_fields(loaded, scene)["picture"] == (folder / "saved.png").read_bytes()
+    loaded.pack()
+    (folder / "saved.png").unlink()
+    assert pictures.picture_fields(loaded, scene)["picture"].startswith(b"\x89PNG")
+    loaded.pixels[0] = 0.5
+    array = pictures.picture_fields(loaded, scene)["pixels"]
+    assert array.shape == (30, 40, 4) and array.dtype == "u1"
+    pixels = np.frombuffer(array.data, np.uint8).reshape(array.shape)
+    assert pixels[-1, 0, 0] == 128, "row 0 is on top"
+    deep = bpy.data.images.new("float", 2, 2, float_buffer=True)
+    deep.pixels.foreach_set(np.tile(np.float32([0.21404, 0, 0, 1]), 4))
+    assert abs(int(pictures.pixels_of(deep)[0, 0, 0]) - 128) <= 1, "linear becomes sRGB"
+    missing = bpy.data.images.load(str(folder / "first.blend"))
+    try:
+        pictures.picture_fields(missing, scene)
+    except pictures.NoPicture as error:
+        assert "has no pixels" in str(error)
+    else:
+        raise AssertionError("a file that is no picture was sent")
+    turned = b"\xff\xd8\xff\xe1\x00\x20Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+    assert pictures.is_turned(turned) and not pictures.is_turned(turned.replace(b"\x06\0\0\0", b"\x01\0\0\0"))
+
+
+def check_stop() -> None:
+    session = part("link").session()
+    bpy.ops.conrad.free_memory()
+    bpy.ops.conrad.stop_engine()
+    pump_until(lambda: not session.launcher.is_running and session.client is None)
+    assert session.state_line() == "Stopped"
+
+
+def run() -> None:
+    folder = Path(sys.argv[3])
+    empty_scene()
+    use_engine()
+    started = time.monotonic()
+    for check in (
+        check_generate,
+        check_without_camera,
+        check_steering,
+        check_failure_and_queue,
+        check_start_mesh,
+        lambda: check_waiting_in_another_file(folder),
+        lambda: check_pictures_of_all_kinds(folder),
+        check_stop,
+    ):
+        check()
+        print(f"{getattr(check, '__name__', 'check')}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(run)
