@@ -12,12 +12,19 @@ import logging
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .config import GUIDANCES, PRESETS, PipelineConfig, preset, with_overrides
 from .errors import Cancelled, ConradError, InputError
+from .evaluation import commands as evaluation_commands
 from .monitor import Command, Monitor, Progress
+from .server import commands as server_commands
+
+if TYPE_CHECKING:
+    from .pipeline import Job
 
 STOPPED = 130
 """The shell's convention for a program ended by Ctrl-C."""
@@ -115,7 +122,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 
 def add_generate(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("generate", help="one picture in, one textured object out")
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("picture", type=Path, nargs="?", help="any picture file; left out, --prompt makes one")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument(
         "--camera", type=Path, metavar="FILE", help="JSON: c2w, intrinsics, width, height, object_center, object_size"
@@ -134,26 +141,50 @@ def add_generate(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--init", type=Path, metavar="MESH", help="start from this mesh (glb, obj, ply, stl) in the camera's world"
     )
+    parser.add_argument("--edit", default="", metavar="WORDS", help="change the picture first (needs the extra sd)")
+    parser.add_argument(
+        "--caption", action="store_true", help="describe the picture for priors that read text (extra sd)"
+    )
+    parser.add_argument("--guess-depth", action="store_true", help="estimate a relative depth map (extra sd)")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_job_options(parser)
     parser.set_defaults(run=run_generate)
 
 
-def run_generate(arguments: argparse.Namespace) -> int:
-    from .pipeline import Job, generate
+def job_from(arguments: argparse.Namespace) -> Job:
+    """The job that the command line asks for; what must be made first (a picture, a caption, an edit) is made here."""
+    from .pipeline import Job
 
     config = config_from(arguments)
-    job = Job(
-        picture=arguments.picture,
+    if arguments.picture is None and not arguments.prompt:
+        raise InputError("give a picture, or --prompt to make one from words")
+    picture, depth = arguments.picture, arguments.depth
+    if picture is None or arguments.edit or arguments.caption or arguments.guess_depth:
+        from .device import resolve_device
+        from .files import make_folder
+        from .seeding import SeedRequest, make_seed
+
+        wants_depth = arguments.guess_depth and depth is None
+        request = SeedRequest(picture, config.prompt, arguments.edit, arguments.caption, wants_depth)
+        seed = make_seed(request, config, resolve_device(config.device), make_folder(arguments.out))
+        picture, depth, config = seed.picture, seed.depth or depth, replace(config, prompt=seed.prompt)
+    return Job(
+        picture=picture,
         config=config,
         mask=arguments.mask,
-        depth=arguments.depth,
+        depth=depth,
         depth_kind=arguments.depth_kind,
         camera=arguments.camera,
         init_mesh=arguments.init,
-        name=arguments.picture.stem,
+        name=arguments.out.name if arguments.picture is None else arguments.picture.stem,
     )
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    from .pipeline import generate
+
+    job = job_from(arguments)
     monitor = TerminalMonitor(arguments.quiet)
     try:
         result = generate(job, arguments.out, monitor, resume=arguments.resume)
@@ -164,7 +195,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     finally:
         monitor.close()
     metrics = result.metrics
-    print(f"{result.glb}  ({metrics['n_faces']} faces, {metrics['seconds']:.0f} s)")
+    print(f"{result.glb}  ({metrics['n_faces']:,} faces, {metrics['seconds']:.0f} s)")
     print(f"look at {arguments.out / 'sheet.png'}")
     return 0
 
@@ -189,6 +220,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="log to the terminal, and tracebacks of expected errors")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(subparsers)
+    evaluation_commands.add_arguments(subparsers)
+    server_commands.add_arguments(subparsers)
     add_doctor(subparsers)
     return parser
 

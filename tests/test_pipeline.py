@@ -1,0 +1,205 @@
+"""One job at toy size, from picture bytes to files, with an analytic prior; resuming, extracting again, and bad input."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from conrad_engine import pipeline
+from conrad_engine.cameras import CameraSetup
+from conrad_engine.config import preset, with_overrides
+from conrad_engine.errors import Cancelled, InputError
+from conrad_engine.evaluation import metrics
+from conrad_engine.mesh.glb import load_mesh, read_textured
+from conrad_engine.mesh.raster import render_mesh
+from conrad_engine.monitor import Command, Monitor
+
+from .conftest import figure_rgba, png_bytes
+from .test_optimize import BallPrior
+
+TOY = {
+    "field.resolution": 32,
+    "field.coarsest": 8,
+    "render.size": 24,
+    "render.n_samples": 32,
+    "render.occupancy_resolution": 16,
+    "constraint.depth_size": 64,
+    "optimize.warm_start_views": 3,
+    "optimize.warm_start_steps": 20,
+    "optimize.n_steps": 10,
+    "optimize.n_views": 1,
+    "mesh.resolution": 48,
+    "mesh.n_faces": 4000,
+    "mesh.texture_size": 512,
+    "mesh.turntable_frames": 3,
+    "mesh.turntable_size": 48,
+    "device": "cpu",
+    "threads": 1,
+}
+PICTURE = png_bytes(figure_rgba(192, 160))
+
+
+@pytest.fixture(autouse=True)
+def ball_prior(monkeypatch):
+    monkeypatch.setattr(pipeline, "make_guidance", lambda config, device: BallPrior())
+
+
+def toy_job(**changes) -> pipeline.Job:
+    settings = TOY | changes.pop("settings", {})
+    return pipeline.Job(**{"picture": PICTURE, "config": with_overrides(preset("draft"), settings), "name": "figure"} | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished job, shared by the tests that only look."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "make_guidance", lambda config, device: BallPrior())
+        return pipeline.generate(toy_job(), folder)
+
+
+def test_every_file_is_there(finished):
+    expected = "mesh.glb mesh.obj mesh.mtl mesh.ply texture.png turntable.gif sheet.png config.json metrics.json log.txt"
+    names = {path.name for path in finished.folder.iterdir()}
+    assert set(expected.split()) <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_front_is_the_picture(finished):
+    """The mesh, read back from its file and seen through the saved camera, against the picture."""
+    setup = CameraSetup.from_json(finished.folder / "camera.json")
+    rgba = figure_rgba(192, 160).astype(np.float32) / 255
+    ours = render_mesh(read_textured(finished.glb), setup.camera)
+    inside = torch.nn.functional.avg_pool2d(torch.from_numpy(rgba[None, ..., 3]), 5, 1, 2)[0].numpy() > 0.99
+    assert metrics.mask_iou(ours[..., 3] > 0.5, rgba[..., 3] > 0.5) > 0.93
+    assert metrics.psnr(ours[..., :3] * ours[..., 3:], rgba[..., :3], inside) > 22
+    red, blue = ours[78, 40, :3], ours[105, 120, :3]
+    assert red[0] > 0.6 > 0.3 > red[2] and blue[2] > 0.6 > 0.3 > blue[0], "red arm left, blue arm right"
+
+
+def test_metrics_say_what_was_measured(finished):
+    numbers = json.loads((finished.folder / "metrics.json").read_text())
+    assert numbers["field_psnr_training"] > 30 and numbers["mesh_iou"] > 0.93
+    assert numbers["components"] == 1 and numbers["manifold_edges"] > 0.99
+    assert numbers["steps"] == 30 and numbers["seconds"] > 0 and numbers["memory_bytes"] > 0
+
+
+def test_without_a_camera_the_mesh_is_centered_with_largest_side_1(finished):
+    vertices = load_mesh(finished.glb).vertices
+    assert np.ptp(vertices, axis=0).max() == pytest.approx(1, abs=1e-3)
+    assert np.abs(vertices.min(0) + vertices.max(0)).max() < 2e-3
+
+
+def test_with_a_camera_the_mesh_lies_in_its_world(tmp_path):
+    angle = math.radians(40)
+    position = np.array([5 * math.sin(angle) + 10, -5 * math.cos(angle) + 20, 31.0])
+    backward = (position - [10, 20, 30]) / np.linalg.norm(position - [10, 20, 30])
+    right = np.cross([0, 0, 1], backward) / np.linalg.norm(np.cross([0, 0, 1], backward))
+    c2w = np.eye(4)
+    c2w[:3] = np.stack([right, np.cross(backward, right), backward, position], 1)
+    camera = {"c2w": c2w.tolist(), "intrinsics": [200, 200, 90, 90], "width": 160, "height": 192, "object_center": [10, 20, 30]}
+    result = pipeline.generate(toy_job(camera=camera), tmp_path)
+    ours = render_mesh(result.mesh, CameraSetup.from_json(camera).camera)
+    assert metrics.mask_iou(ours[..., 3] > 0.5, figure_rgba(192, 160)[..., 3] > 127) > 0.93
+    middle = (result.mesh.vertices.min(0) + result.mesh.vertices.max(0)) / 2
+    assert np.abs(middle - [10, 20, 30]).max() < 1.0
+
+
+class CancelAt(Monitor):
+    def __init__(self, step):
+        self.step, self.seen = step, 0
+
+    def progress(self, progress):
+        if progress.stage == "optimize":
+            self.seen = progress.step
+
+    def command(self):
+        return Command.CANCEL if self.seen >= self.step else Command.RUN
+
+
+def test_cancelled_job_resumes_to_the_same_result(tmp_path, finished):
+    with pytest.raises(Cancelled):
+        pipeline.generate(toy_job(), tmp_path, CancelAt(13))
+    assert not (tmp_path / "mesh.glb").exists()
+    again = pipeline.generate(toy_job(), tmp_path)
+    a, b = (json.loads((r.folder / "metrics.json").read_text()) for r in (finished, again))
+    assert abs(a["mesh_psnr"] - b["mesh_psnr"]) < 0.3 and abs(a["mesh_iou"] - b["mesh_iou"]) < 0.005
+
+
+def test_extract_again_and_continue(tmp_path, monkeypatch):
+    pipeline.generate(toy_job(), tmp_path)
+    monkeypatch.setattr(pipeline, "make_guidance", lambda *_: pytest.fail("extracting again needs no prior"))
+    smaller = pipeline.generate(toy_job(settings={"mesh.n_faces": 1000}), tmp_path)
+    assert smaller.metrics["n_faces"] <= 1000 and smaller.metrics["steps"] == 30
+    monkeypatch.setattr(pipeline, "make_guidance", lambda config, device: BallPrior())
+    longer = pipeline.generate(toy_job(settings={"optimize.n_steps": 14}), tmp_path)
+    assert longer.metrics["steps"] == 34
+
+
+def test_start_from_a_mesh_and_project_only(tmp_path, finished):
+    glb = finished.glb.read_bytes()
+    result = pipeline.generate(toy_job(init_mesh=glb, settings={"mesh.project_only": True}), tmp_path)
+    assert result.metrics["steps"] == 0
+    assert result.metrics["n_faces"] == len(load_mesh(glb).faces), "the mesh is taken as it is"
+    assert result.metrics["mesh_psnr_common"] > 20
+
+
+def test_preview_is_sent_in_the_callers_camera(tmp_path):
+    class Watching(Monitor):
+        def __init__(self):
+            self.pictures = []
+
+        def preview_camera(self):
+            from conrad_engine.cameras import default_camera
+
+            return default_camera(40, 30, 10.0, 60.0)
+
+        def preview(self, rgba, camera):
+            self.pictures.append(rgba)
+
+    monitor = Watching()
+    pipeline.generate(toy_job(), tmp_path, monitor)
+    assert len(monitor.pictures) == 30
+    assert monitor.pictures[0].shape == (30, 40, 4) and monitor.pictures[0].dtype == np.uint8
+    assert monitor.pictures[-1][..., 3].max() > 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"picture": b""}, "empty|cannot be read|no picture"),
+        ({"camera": {"c2w": 1}}, "camera needs"),
+        ({"settings": {"constraint.kind": "known_depth"}}, "metric depth"),
+        ({"settings": {"mesh.project_only": True}}, "--init"),
+        ({"init_mesh": b"solid nothing"}, "mesh"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_result(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        pipeline.generate(toy_job(**changes), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "mesh.glb").exists()
+
+
+def test_checkpoint_of_another_picture_is_refused(tmp_path):
+    with pytest.raises(Cancelled):
+        pipeline.generate(toy_job(), tmp_path, CancelAt(2))
+    other = png_bytes(figure_rgba(100, 100))
+    with pytest.raises(InputError, match="another picture"):
+        pipeline.generate(toy_job(picture=other), tmp_path)
+
+
+def test_full_disk_keeps_the_checkpoint(tmp_path, monkeypatch):
+    from conrad_engine import files
+
+    def full(source, target, real=files.os.replace):
+        if str(target).endswith(".glb"):
+            raise OSError(28, "No space left on device")
+        return real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(InputError, match="disk is full"):
+        pipeline.generate(toy_job(), tmp_path)
+    assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "mesh.glb").exists()
