@@ -37,6 +37,7 @@ class TerminalMonitor(Monitor):
         from tqdm import tqdm
 
         self._bar = tqdm(disable=is_quiet or None, unit="step", leave=False, dynamic_ncols=True)
+        self._is_quiet = is_quiet
         self._stage = ""
         self._is_stopping = False
         self._former = signal.signal(signal.SIGINT, self._interrupt)
@@ -64,7 +65,8 @@ class TerminalMonitor(Monitor):
         return Command.CANCEL if self._is_stopping else Command.RUN
 
     def warning(self, message: str) -> None:
-        self._bar.write(f"note: {message}", file=sys.stderr)
+        if not self._is_quiet:
+            self._bar.write(f"note: {message}", file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
@@ -147,7 +149,7 @@ def add_generate(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--guess-depth", action="store_true", help="estimate a relative depth map (extra sd)")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
     add_job_options(parser)
     parser.set_defaults(run=run_generate)
 

@@ -118,7 +118,11 @@ def surface_mesh(
 def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config: MeshConfig) -> TexturedMesh:
     """The mesh with charts, colored by the photo where it sees and by the field where it does not."""
 
+    mean = (view.rgb * view.mask).sum((1, 2)) / view.mask.sum()
+
     def color(positions: torch.Tensor) -> torch.Tensor:
+        if config.project_only:  # there is no optimised field; what the picture does not show takes its mean
+            return mean.expand(len(positions), 3)
         with torch.no_grad():
             return full.density_and_color(positions.to(full.aabb))[1].cpu()
 

@@ -99,6 +99,9 @@ def make_state(
 
 
 def n_total_steps(config: PipelineConfig) -> int:
+    """Steps of the whole schedule: the fit to sampled views and the distillation; none if only the picture is projected."""
+    if config.mesh.project_only:
+        return 0
     warm = config.optimize.warm_start_steps if config.optimize.warm_start_views else 0
     return warm + config.optimize.n_steps
 
