@@ -27,6 +27,8 @@ class ReferencePicture:
     """Single square camera that looks at the origin (azimuth 0)."""
     is_elevation_known: bool = True
     prompt: str = ""
+    object_size: float | None = None
+    """Longest side of the object's box in the object frame, if something is known of it."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -64,18 +65,13 @@ class EmbeddedPrior:
         self._conditioned: ConditionedPrior | None = None
         self._base_azimuth_rad = 0.0
 
-    def set_reference(self, reference: ReferencePicture, object_size: float | None = None) -> None:
-        """Take the picture to condition on.
-
-        Args:
-            reference: The picture and its camera.
-            object_size: Longest side of the object's box in the object frame, if something is known of it.
-        """
+    def set_reference(self, reference: ReferencePicture) -> None:
+        """Take the picture to condition on; see `Guidance.set_reference`."""
         rgba = reference.rgba.to(self.device, torch.float32)[None]
         rows = camera_rows(reference.camera.to(self.device))[None]
         self._base_azimuth_rad = float(rows[0, 0])
         rows = rows * torch.tensor([0.0, 1, 1, 1], device=self.device)
-        self._conditioned = self._condition(rgba, rows, reference.is_elevation_known, object_size)
+        self._conditioned = self._condition(rgba, rows, reference.is_elevation_known, reference.object_size)
 
     def _condition(self, rgba: Tensor, rows: Tensor, is_elevation_known: bool, size: float | None) -> ConditionedPrior:
         one = torch.ones(1, device=self.device)
@@ -131,6 +127,7 @@ class EmbeddedPrior:
         generator: torch.Generator | None = None,
         is_joint: bool = True,
         known: tuple[Float[Tensor, "m 4 h w"], Camera] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "n 4 size size"]:
         """Views from pure noise, premultiplied RGBA in [0, 1].
 
@@ -141,6 +138,7 @@ class EmbeddedPrior:
             generator: Source of the noise.
             is_joint: Denoise all views together, so that they agree; one by one otherwise.
             known: Finished views and their cameras, as further references.
+            on_step: Called after each step with the number of steps done, from 1 to `n_steps`; it may raise to stop.
         """
         rows = camera_rows(cameras.to(self.device), self._base_azimuth_rad)
         finished = None
@@ -148,5 +146,5 @@ class EmbeddedPrior:
             pictures = resized(known[0].to(self.device, torch.float32), self.picture_size) * 2 - 1
             finished = pictures, camera_rows(known[1].to(self.device), self._base_azimuth_rad)
         scale = self.config.scale if scale is None else scale
-        clean = self._ready().sample(rows, n_steps, scale, generator, is_joint, finished)
+        clean = self._ready().sample(rows, n_steps, scale, generator, is_joint, finished, on_step)
         return (clean + 1) / 2

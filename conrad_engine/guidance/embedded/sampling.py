@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -74,12 +75,14 @@ class ConditionedPrior:
         generator: torch.Generator | None = None,
         is_joint: bool = True,
         known: tuple[Tensor, Tensor] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "b 4 h w"]:
         """Pictures in [-1, 1] from noise: DDIM (arXiv:2010.02502) without added noise, steps uniform in t.
 
         Args:
             cameras: The same number for each reference, reference by reference.
             known: Finished pictures in [-1, 1] of the same references and their cameras: they join as targets without noise.
+            on_step: Called after each step with the number of steps done, from 1 to `n_steps`; it may raise to stop.
         """
         r, size, n_targets = self.n_references, self.net.size, len(cameras) // self.n_references
         source = cameras.device if generator is None else generator.device
@@ -95,6 +98,8 @@ class ConditionedPrior:
             clean = _by_reference(clean, r)[:, :n_targets].flatten(0, 1)
             noise = (x - math.cos(now) * clean) / math.sin(now)
             x = math.cos(then) * clean + math.sin(then) * noise
+            if on_step is not None:
+                on_step(step + 1)
         return clean
 
 
