@@ -53,7 +53,7 @@ def _take(events: list[Event]) -> None:
             _show(job.id, cropped(rgba_of(job.preview.rgb.shape, job.preview.rgb.data)))
         if event.kind == "preview" and job.preview is not None and monotonic() - _live_at > LIVE_EVERY_S:
             _live_job, _live_at = job.id, monotonic()
-            _show("live", rgba_of(job.preview.rgb.shape, job.preview.rgb.data))
+            _show("live", cropped(rgba_of(job.preview.rgb.shape, job.preview.rgb.data)))
 
 
 def _load(job_id: str, png: bytes) -> None:

@@ -106,7 +106,7 @@ def _show(monitor: Monitor, center: np.ndarray, radius: float) -> None:
     camera = monitor.preview_camera()
     if camera is not None:
         view = camera.c2w.numpy(), camera.intrinsics.numpy(), camera.width, camera.height
-        monitor.preview(_render(view, center, radius), camera)
+        monitor.preview(_render(view, center, radius, max(1, camera.width // 200)), camera)
 
 
 def _front_view(center: np.ndarray, radius: float) -> tuple:
@@ -115,10 +115,11 @@ def _front_view(center: np.ndarray, radius: float) -> tuple:
     return c2w, np.array([400.0, 400.0, 128.0, 128.0]), 256, 256
 
 
-def _render(view: tuple, center: np.ndarray, radius: float) -> np.ndarray:
-    """(H, W, 4) uint8 picture of the ball, straight alpha: rays against a sphere."""
+def _render(view: tuple, center: np.ndarray, radius: float, coarseness: int = 1) -> np.ndarray:
+    """(H, W, 4) uint8 picture of the ball, straight alpha: rays against a sphere, one for a square of pixels."""
     c2w, (fx, fy, cx, cy), width, height = view
-    v, u = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
+    half = coarseness / 2
+    v, u = np.meshgrid(np.arange(0, height, coarseness) + half, np.arange(0, width, coarseness) + half, indexing="ij")
     local = np.stack([(u - cx) / fx, (cy - v) / fy, -np.ones_like(u)], -1)
     rays = local @ np.asarray(c2w)[:3, :3].T
     rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
@@ -128,7 +129,9 @@ def _render(view: tuple, center: np.ndarray, radius: float) -> np.ndarray:
     hit = inside > 0
     normals = (offset + rays * (-b - np.sqrt(np.maximum(inside, 0)))[..., None]) / radius
     rgba = np.concatenate([_color(normals), hit[..., None].astype(float)], -1)
-    return (np.clip(rgba, 0, 1) * 255 + 0.5).astype(np.uint8)
+    small = (np.clip(rgba, 0, 1) * 255 + 0.5).astype(np.uint8)
+    full = small.repeat(coarseness, 0).repeat(coarseness, 1)[:height, :width]
+    return np.ascontiguousarray(full)
 
 
 def _mesh(center: np.ndarray, radius: float, n_faces: int, texture_size: int) -> BallMesh:

@@ -34,9 +34,7 @@ def preferences():  # noqa: ANN201
 
 
 def empty_scene() -> bpy.types.Scene:
-    bpy.ops.wm.read_factory_settings(use_empty=True)
-    if MODULE not in bpy.context.preferences.addons:
-        bpy.ops.preferences.addon_enable(module=MODULE)
+    bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
     return bpy.context.scene
 
 

@@ -1,0 +1,123 @@
+"""A folder of pictures to GLB files, a grid, collections and a library; bad pictures, side-cars, resuming.
+
+PYTHON_WITH_BPY check_batch.py ZIP ENGINE_PYTHON DATA_FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import bpy
+import numpy as np
+from check_jobs import use_engine
+from common import empty_scene, main, part, pump_until
+
+
+def make_pictures(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name, shade in (("cup", 0.2), ("pot", 0.5), ("sub_jar", 0.8)):
+        image = bpy.data.images.new(name, 32, 24)
+        image.pixels.foreach_set(np.tile(np.float32([shade, 0, 0, 1]), 32 * 24))
+        image.filepath_raw, image.file_format = str(folder / f"{name}.png"), "PNG"
+        image.save()
+    (folder / "bad one.png").write_bytes(b"no picture")
+    (folder / "pot.json").write_text(json.dumps({"seed": 9, "size": 0.5, "overrides": {"optimize.n_steps": 8}}))
+    (folder / "unreadable.png").write_bytes((folder / "cup.png").read_bytes())
+    (folder / "unreadable.json").write_text('{"sed": 9}')
+
+
+def states() -> dict[str, str]:
+    return {item.picture: item.state for item in part("batch_run").current.items}
+
+
+FINISHED = {
+    "bad one.png": "failed",
+    "cup.png": "done",
+    "pot.png": "done",
+    "sub_jar.png": "done",
+    "unreadable.png": "failed",
+}
+
+
+def check_glb(folder: Path) -> None:
+    """What a script or `blender -b` calls; one bad picture does not stop the rest; a second run has nothing to do."""
+    batch_run = part("batch_run")
+    opened = batch_run.run(str(folder / "in"), str(folder / "glb"), "GLB", timeout_s=60)
+    assert states() == FINISHED, states()
+    assert sorted(p.name for p in (folder / "glb").glob("*.glb")) == ["cup.glb", "pot.glb", "sub_jar.glb"]
+    errors = {item.picture: item.error for item in opened.items if item.error}
+    assert "cannot be decoded" in errors["bad one.png"] and "unknown setting 'sed'" in errors["unreadable.png"]
+    n_jobs = len(part("link").session().table.jobs)
+    batch_run.run(str(folder / "in"), str(folder / "glb"), "GLB", timeout_s=10)
+    assert len(part("link").session().table.jobs) == n_jobs
+
+
+def check_resuming(folder: Path) -> None:
+    """Stopped in the middle and opened anew, as after closing Blender: finished pictures are not done again."""
+    batch_run, link = part("batch_run"), part("link")
+    settings = bpy.context.scene.conrad.batch
+    settings.folder, settings.out_folder, settings.output = str(folder / "in"), str(folder / "grid"), "GRID"
+    assert bpy.ops.conrad.batch_start() == {"FINISHED"}
+    pump_until(lambda: "done" in states().values())
+    link.unregister()
+    link.listeners.extend([part("thumbnails")._take, part("overlay")._take])
+    link.steps.extend([part("operators_engine")._step, part("batch_run")._step])
+    done = [picture for picture, state in states().items() if state == "done"]
+    batch_run.current, batch_run.is_running = None, False
+    made = {item.name for item in bpy.data.objects}
+    assert bpy.ops.conrad.batch_start() == {"FINISHED"}
+    assert all(states()[picture] == "done" for picture in done)
+    pump_until(lambda: not batch_run.is_running)
+    assert states() == FINISHED and made <= {item.name for item in bpy.data.objects}
+    objects = [item for item in bpy.data.objects if item.get("conrad_job")]
+    assert len(objects) == 3 and len({tuple(np.round(item.location, 3)) for item in objects}) == 3
+    assert bpy.data.objects["pot"]["conrad_seed"] == 9
+    bpy.context.view_layer.update()
+    assert abs(max(bpy.data.objects["pot"].dimensions) - 0.5) < 0.01
+    for item in objects:
+        bpy.data.objects.remove(item)
+    bpy.ops.conrad.batch_scan()
+    assert len([item for item in bpy.data.objects if item.get("conrad_job")]) == 3, "finished ones come back"
+
+
+def check_library(folder: Path) -> None:
+    batch_run = part("batch_run")
+    empty_scene()
+    batch_run.run(str(folder / "in"), str(folder / "library"), "LIBRARY", timeout_s=60)
+    assert states() == FINISHED and not bpy.data.objects and not bpy.data.meshes
+    with bpy.data.libraries.load(str(folder / "library" / "cup.blend"), assets_only=True) as (source, target):
+        assert source.objects == ["cup"]
+        target.objects = source.objects
+    cup = bpy.data.objects["cup"]
+    image = cup.data.materials[0].node_tree.nodes.active.image
+    assert image.packed_file is not None and cup.asset_data.tags
+
+
+def check_retry(folder: Path) -> None:
+    """The failed one is mended and done again."""
+    batch_run = part("batch_run")
+    (folder / "in" / "unreadable.json").unlink()
+    assert bpy.ops.conrad.batch_retry(all_failed=True) == {"FINISHED"}
+    pump_until(lambda: not batch_run.is_running)
+    assert states() == FINISHED | {"unreadable.png": "done"}
+    empty_scene()
+    batch_run.run(str(folder / "in"), str(folder / "many"), "COLLECTIONS", timeout_s=60)
+    assert {"cup", "pot", "sub_jar", "unreadable"} <= {c.name for c in bpy.context.scene.collection.children}
+
+
+def run() -> None:
+    folder = Path(sys.argv[3]) / "batch"
+    empty_scene()
+    use_engine()
+    bpy.context.scene.conrad.preset = "draft"
+    make_pictures(folder / "in")
+    check_glb(folder)
+    check_resuming(folder)
+    check_library(folder)
+    check_retry(folder)
+
+
+if __name__ == "__main__":
+    main(run)

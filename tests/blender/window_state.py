@@ -1,0 +1,77 @@
+"""Runs inside the Blender window of window_smoke.py: prepares it and tells its state through a file.
+
+blender --python window_state.py -- STATE_FILE DATA_FOLDER PICTURE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import import_module
+
+import bpy
+
+MODULE = "bl_ext.user_default.conrad"
+STATE_FILE, DATA_FOLDER, PICTURE = sys.argv[sys.argv.index("--") + 1 :][:3]
+
+
+def prepare() -> None:
+    chosen = bpy.context.preferences.addons[MODULE].preferences
+    # The engine runs already; its announcement lies in the data folder, so no interpreter is ever started.
+    chosen.data_folder, chosen.engine_python = DATA_FOLDER, sys.executable
+    for item in list(bpy.data.objects):
+        if item.type == "MESH":
+            bpy.data.objects.remove(item)
+    image = bpy.data.images.load(PICTURE)
+    image.name, image.use_fake_user = "slow pot", True
+    bpy.context.scene.conrad.preset = "draft"
+    bpy.ops.ed.undo_push(message="Prepared")
+
+
+def sidebar() -> dict:
+    for area in bpy.context.window_manager.windows[0].screen.areas:
+        if area.type == "VIEW_3D":
+            if not area.spaces.active.show_region_ui:
+                # Setting it again would end a click in the middle.
+                area.spaces.active.show_region_ui = True
+            region = next(r for r in area.regions if r.type == "UI")
+            return {"x": region.x, "y": region.y, "width": region.width, "height": region.height,
+                    "tab": getattr(region, "active_panel_category", "")}  # fmt: skip
+    return {}
+
+
+def tell() -> float:
+    link, overlay = import_module(f"{MODULE}.link"), import_module(f"{MODULE}.overlay")
+    session = link.session()
+    job = next(iter(session.table.jobs.values()), None)
+    settings = bpy.context.window_manager.windows[0].scene.conrad
+    ticks = sorted(link.tick_times)
+    state = {
+        "sidebar": sidebar(),
+        "engine": session.state.value,
+        "picture": settings.image.name if settings.image else "",
+        "camera": settings.camera.name if settings.camera else "",
+        "job": job.state_name if job else "",
+        "step": job.steps[0] if job else 0,
+        "serial": job.preview.serial if job and job.preview else 0,
+        "is_drawn": overlay._shown is not None,
+        "made": [item.name for item in bpy.data.objects if item.get("conrad_job")],
+        "n_undone": len(bpy.data.objects),
+        "ticks": len(ticks),
+        "tick_p99_ms": 1e3 * ticks[int(0.99 * (len(ticks) - 1))] if ticks else 0.0,
+        "tick_longest_ms": [round(1e3 * t, 1) for t in ticks[-3:]],
+        "error": link.last_error,
+    }
+    with open(STATE_FILE + ".part", "w", encoding="utf-8") as file:
+        json.dump(state, file)
+    os.replace(STATE_FILE + ".part", STATE_FILE)
+    return 0.1
+
+
+def begin() -> None:
+    prepare()
+    bpy.app.timers.register(tell, first_interval=0.1, persistent=True)
+
+
+bpy.app.timers.register(begin, first_interval=1.0)

@@ -1,0 +1,102 @@
+"""The add-on in real Blender: the built zip is installed as an extension into empty preferences, with its own wheels.
+
+    CONRAD_BPY_PYTHON=/venv-bpy45/bin/python:/venv-bpy42/bin/python python -m pytest -m blender tests/test_addon_blender.py
+
+Each interpreter has the bpy module (`pip install bpy==4.5.15`). Without the variable this interpreter is tried. pyzmq's
+wheels are fetched by pip into the cache folder unless they are there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+import build_addon
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "tests" / "blender"
+LIMIT_S = 280
+
+
+def interpreters() -> list[str]:
+    named = [path for path in os.environ.get("CONRAD_BPY_PYTHON", "").split(os.pathsep) if path]
+    return named or ([sys.executable] if importlib.util.find_spec("bpy") else [])
+
+
+FOUND = interpreters()
+pytestmark = [
+    pytest.mark.blender,
+    pytest.mark.skipif(not FOUND, reason="no bpy: name interpreters that have it in CONRAD_BPY_PYTHON"),
+]
+
+
+@pytest.fixture(scope="session")
+def zip_path(tmp_path_factory) -> Path:
+    try:
+        [path] = build_addon.build(tmp_path_factory.mktemp("zip"), build_addon.default_cache())
+    except build_addon.BuildError as error:
+        if "could not fetch" in str(error):
+            pytest.skip(str(error))
+        raise
+    validator = build_addon.find_validator("")
+    if validator is not None:
+        build_addon.validate(path, validator)
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine_python(tmp_path_factory) -> str:
+    """An engine's environment as Set Up Engine makes it, with this checkout and this interpreter's packages in it."""
+    folder = tmp_path_factory.mktemp("engine") / "environment"
+    venv.create(folder, symlinks=os.name != "nt")
+    [site] = folder.glob("lib/python*/site-packages") or folder.glob("Lib/site-packages")
+    own = [path for path in sys.path if path.endswith("-packages")]
+    (site / "checkout.pth").write_text("\n".join([*own, str(ROOT)]), encoding="utf-8")
+    return str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+
+
+def run_script(name: str, interpreter: str, tmp_path: Path, *arguments: str) -> str:
+    (tmp_path / "user").mkdir(exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "BLENDER"))}
+    environment |= {"BLENDER_USER_RESOURCES": str(tmp_path / "user"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [interpreter, str(SCRIPTS / name), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0 and "CHECKS PASSED" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("interpreter", FOUND)
+@pytest.mark.parametrize("name", ["check_install.py", "check_camera.py", "check_import.py"])
+def test_inside_blender(name, interpreter, zip_path, tmp_path):
+    run_script(name, interpreter, tmp_path, str(zip_path))
+
+
+@pytest.mark.parametrize("interpreter", FOUND)
+@pytest.mark.parametrize("name", ["check_jobs.py", "check_batch.py", "check_faults.py", "bench_ticks.py"])
+def test_with_a_real_engine_process(name, interpreter, zip_path, engine_python, tmp_path):
+    (tmp_path / "data").mkdir()
+    print(run_script(name, interpreter, tmp_path, str(zip_path), engine_python, str(tmp_path / "data")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interpreter", FOUND[:1])
+def test_a_real_object_covers_its_picture(interpreter, zip_path, engine_python, tmp_path):
+    (tmp_path / "data").mkdir()
+    picture = ROOT / "tests" / "pictures" / "lighthouse.png"
+    print(
+        run_script(
+            "check_result.py", interpreter, tmp_path, str(zip_path), engine_python, str(tmp_path / "data"), str(picture)
+        )
+    )
