@@ -21,7 +21,16 @@ from .session import with_result_wanted
 IN_FLIGHT = 3
 """Jobs the engine has at once: enough to keep it busy, few enough to cancel."""
 GLB = "mesh.glb"
-RETRY_IMPORT_S = 1.0
+_PICTURES_OWN = (
+    batch.BatchError,
+    pictures.NoPicture,
+    camera.CannotUseCamera,
+    requests.BadSettings,
+    ProtocolError,
+    OSError,
+    KeyError,
+)
+"""Errors that are one picture's problem."""
 
 current: batch.Batch | None = None
 is_running = False
@@ -121,7 +130,7 @@ def _send(item: batch.Item) -> None:
         # The list knows the job before the engine does: a crash in between costs nothing.
         current.save()
         link.session().submit(request, notes)
-    except (batch.BatchError, OSError, pictures.NoPicture, camera.CannotUseCamera, ProtocolError, KeyError) as error:
+    except _PICTURES_OWN as error:
         _fail(item, str(error))
     link.sync_list()
 
@@ -131,7 +140,7 @@ def _request(item: batch.Item, scene: bpy.types.Scene) -> tuple[Submit, Notes]:
     path, settings = current.path(item), scene.conrad
     own = batch.sidecar(path)
     fields = {**requests.job_fields(settings), **{k: own[k] for k in requests.job_fields(settings) if k in own}}
-    overrides = dict(own.get("overrides", {}))
+    overrides = {**requests.extra_overrides(settings.extra), **own.get("overrides", {})}
     setup = own.get("camera") or (_scene_camera(path, scene) if settings.batch.use_scene_camera else {})
     if not setup:
         overrides.setdefault("picture.elevation_deg", float(own.get("elevation_deg", math.degrees(settings.elevation))))

@@ -55,7 +55,7 @@ class CONRAD_OT_generate(bpy.types.Operator):
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
             notes = requests.start_job(context)
-        except (NoPicture, camera.CannotUseCamera, EngineUnavailable) as error:
+        except (NoPicture, camera.CannotUseCamera, requests.BadSettings, EngineUnavailable) as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
         self.report({"INFO"}, f"{notes.name}: job sent to the engine")
@@ -78,7 +78,7 @@ class CONRAD_OT_project(bpy.types.Operator):
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
             notes = requests.start_projection(context)
-        except (NoPicture, camera.CannotUseCamera, EngineUnavailable) as error:
+        except (NoPicture, camera.CannotUseCamera, requests.BadSettings, EngineUnavailable) as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
         self.report({"INFO"}, f"{notes.name}: job sent to the engine")

@@ -15,7 +15,7 @@ class CONRAD_OT_preset_add(AddPresetBase, bpy.types.Operator):
     preset_defines = ["settings = bpy.context.scene.conrad"]
     preset_values = [
         f"settings.{name}"
-        for name in ("preset", "guidance", "prompt", "texture_size", "n_faces", "size", "place", "origin")
+        for name in ("preset", "guidance", "prompt", "texture_size", "n_faces", "extra", "size", "place", "origin")
     ]
 
 

@@ -77,9 +77,9 @@ class ConradPreferences(bpy.types.AddonPreferences):
     )
 
     def draw(self, context: bpy.types.Context) -> None:
-        from . import panels
+        from . import panels_engine
 
-        panels.draw_preferences(self, self.layout, context)
+        panels_engine.draw_preferences(self, self.layout, context)
 
 
 def get(context: bpy.types.Context | None = None) -> ConradPreferences:

@@ -118,6 +118,10 @@ class ConradSettings(bpy.types.PropertyGroup):
     n_faces: IntProperty(
         name="Faces", min=0, max=2_000_000, soft_max=200_000, description="Face count of the mesh; 0 is by preset"
     )
+    extra: StringProperty(
+        name="More Settings",
+        description="Other settings of the engine, such as optimize.n_steps=300 mesh.resolution=256",
+    )
     size: FloatProperty(
         name="Size", default=1.0, min=1e-4, soft_max=100.0, unit="LENGTH", description="Largest side of the object"
     )

@@ -12,6 +12,10 @@ from .protocol import Submit, new_job_id
 PROJECT_OVERRIDES = {"mesh.project_only": True, "optimize.n_steps": 0, "optimize.warm_start_views": 0}
 
 
+class BadSettings(Exception):
+    """What is written in More Settings cannot be read; the message says why."""
+
+
 def why_not(context: bpy.types.Context) -> str:
     """The reason why Generate is grey, or nothing. Called while drawing: it looks at nothing but settings."""
     settings = context.scene.conrad
@@ -49,7 +53,7 @@ def start_job(context: bpy.types.Context) -> Notes:
     """Send a job for the scene's picture.
 
     Raises:
-        NoPicture, CannotUseCamera: Something cannot be sent; the message says what.
+        NoPicture, CannotUseCamera, BadSettings: Something cannot be sent; the message says what.
     """
     settings = context.scene.conrad
     start = settings.start if settings.use_start else None
@@ -61,6 +65,21 @@ def start_projection(context: bpy.types.Context) -> Notes:
     return _send(context, context.scene.conrad, context.active_object, "project")
 
 
+def extra_overrides(text: str) -> dict[str, str]:
+    """The settings written as `name=value`, separated by spaces; what they mean is the engine's to check.
+
+    Raises:
+        BadSettings: Something in it has another form.
+    """
+    found = {}
+    for word in text.split():
+        name, separator, value = word.partition("=")
+        if not (name and separator and value):
+            raise BadSettings(f"More Settings has {word!r}: write name=value, such as optimize.n_steps=300")
+        found[name] = value
+    return found
+
+
 def _send(
     context: bpy.types.Context, settings: bpy.types.PropertyGroup, start: bpy.types.Object | None, kind: str
 ) -> Notes:
@@ -70,7 +89,7 @@ def _send(
         fields |= pictures.mask_fields(settings.mask)
     if start is not None:
         fields |= pictures.mesh_fields(start, context.evaluated_depsgraph_get())
-    overrides = dict(PROJECT_OVERRIDES) if kind == "project" else {}
+    overrides = {**extra_overrides(settings.extra), **(PROJECT_OVERRIDES if kind == "project" else {})}
     if settings.is_elevation_guess:
         overrides["picture.is_elevation_known"] = False
     notes = notes_of(settings, scene, kind)
