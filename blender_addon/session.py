@@ -5,6 +5,7 @@ Session.poll() -> launcher (is the process there?) -> client (what has it said?)
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -47,7 +48,7 @@ from .protocol import (
 FIND_FOR_S = 2.0
 """How long an engine that another program started is given to answer before an own one is started."""
 READ_BUDGET_S = 0.004
-TEXTURE, THUMBNAIL, CONFIG = "texture.png", "thumbnail.png", "config.json"
+TEXTURE, THUMBNAIL, CONFIG, CAMERA = "texture.png", "thumbnail.png", "config.json", "camera.json"
 
 
 class State(Enum):
@@ -403,8 +404,9 @@ class Session:
         old_result = before.result_number if before is not None and before.state is not None else 0
         job = self.table.take_state(state)
         if state.result > old_result:
-            for part in (THUMBNAIL, CONFIG):
-                if part in state.parts:
+            for part in (THUMBNAIL, CONFIG, CAMERA):
+                # A job that was sent without a camera learns the one that the engine took.
+                if part in state.parts and not (part == CAMERA and job.notes.setup):
                     self._send(Fetch(job.id, part))
         return [Event("job", job.id)]
 
@@ -438,6 +440,9 @@ class Session:
             return [Event("thumbnail", job.id)]
         if file.part == CONFIG:
             job.config = bytes(file.data).decode("utf-8", "replace")
+        if file.part == CAMERA:
+            job.notes.setup = _read_setup(bytes(file.data))
+            self.table.save(job.notes)
         if file.part == TEXTURE:
             job.texture = bytes(file.data)
             return self._arrived(job)
@@ -467,6 +472,17 @@ class Session:
             job.wants_import = job.wants_import and asked.part != ARRAYS
         self._blame(job_id, error.message)
         return [Event("job", job_id) if job is not None else Event("engine")]
+
+
+def _read_setup(data: bytes) -> dict:
+    """A camera set-up from its file; nothing if it is not one, because the object does not depend on it."""
+    try:
+        setup = json.loads(data)
+        whole = [len(row) for row in setup["c2w"]] == [4] * 4 and len(setup["intrinsics"]) == 4
+        whole = whole and len(setup["object_center"]) == 3 and setup["width"] > 0 and setup["height"] > 0
+        return setup if whole and setup["object_size"] else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def with_result_wanted(session: Session, job: Job) -> None:

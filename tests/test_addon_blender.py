@@ -61,7 +61,7 @@ def engine_python(tmp_path_factory) -> str:
     return str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
-def run_script(name: str, interpreter: str, tmp_path: Path, *arguments: str) -> str:
+def run_script(name: str, interpreter: str, tmp_path: Path, *arguments: str, limit_s: float = LIMIT_S) -> str:
     (tmp_path / "user").mkdir(exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "BLENDER"))}
     environment |= {"BLENDER_USER_RESOURCES": str(tmp_path / "user"), "OMP_NUM_THREADS": "1"}
@@ -71,7 +71,7 @@ def run_script(name: str, interpreter: str, tmp_path: Path, *arguments: str) -> 
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=LIMIT_S,
+        timeout=limit_s,
     )
     assert done.returncode == 0 and "CHECKS PASSED" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -90,13 +90,35 @@ def test_with_a_real_engine_process(name, interpreter, zip_path, engine_python, 
     print(run_script(name, interpreter, tmp_path, str(zip_path), engine_python, str(tmp_path / "data")))
 
 
+@pytest.mark.parametrize("interpreter", FOUND)
+@pytest.mark.parametrize("seconds", ["0", "0.8", "2"])
+def test_blender_killed_in_the_middle(seconds, interpreter, zip_path, engine_python, tmp_path):
+    (tmp_path / "data").mkdir()
+    arguments = (str(zip_path), engine_python, str(tmp_path / "data"))
+    with pytest.raises(AssertionError, match="submitted"):
+        run_script("check_killed.py", interpreter, tmp_path, *arguments, "die", seconds)
+    run_script("check_killed.py", interpreter, tmp_path, *arguments, "collect")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("interpreter", FOUND[:1])
 def test_a_real_object_covers_its_picture(interpreter, zip_path, engine_python, tmp_path):
     (tmp_path / "data").mkdir()
-    picture = ROOT / "tests" / "pictures" / "lighthouse.png"
+    pictures = ROOT / "tests" / "pictures"
+    files = (str(pictures / "robot.png"), str(pictures / "robot.camera.json"))
     print(
         run_script(
-            "check_result.py", interpreter, tmp_path, str(zip_path), engine_python, str(tmp_path / "data"), str(picture)
+            "check_result.py", interpreter, tmp_path, str(zip_path), engine_python, str(tmp_path / "data"), *files
         )
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("CONRAD_SETUP_PYTHON"), reason="name the Python to build on in CONRAD_SETUP_PYTHON"
+)
+def test_set_up_engine_from_the_zip(zip_path, tmp_path):
+    """Downloads and installs every package of the engine: minutes and gigabytes."""
+    print(
+        run_script("check_setup.py", FOUND[0], tmp_path, str(zip_path), os.environ["CONRAD_SETUP_PYTHON"], limit_s=1500)
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -317,3 +320,50 @@ def test_without_an_engine_the_session_says_so(tmp_path):
     session.want(by_person=True)
     poll_until(session, lambda: session.state is State.CRASHED)
     assert "exit code 1" in session.state_line() and "torch is missing" in session.launcher.crash_report()
+
+
+def test_two_blenders_share_an_engine(tmp_path):
+    with running(tmp_path / "data") as engine:
+        first, second = (make_session(tmp_path / name, engine.folder) for name in ("a", "b"))
+        request = toy_job(20)
+        first.submit(request, Notes(request.job, "mine"))
+        second.want()
+        poll_until(first, lambda: first.table.jobs[request.job].state_name == "done")
+        poll_until(second, lambda: request.job in second.table.jobs)
+        assert not first.launcher.is_running and not second.launcher.is_running
+        second.stop()
+        assert second.client is None and engine.process.poll() is None, "another program's engine is not stopped"
+        first.end()
+
+
+def test_a_remote_engine_needs_its_keys(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "conrad_engine", "keys", str(tmp_path / "keys"), "--client", "artist"],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+    )
+    command = [sys.executable, "-m", "conrad_engine", "serve", "--data", str(tmp_path / "data"), "--devices", "cpu"]
+    command += ["--keys", str(tmp_path / "keys"), "--pipeline", "tests.toy_pipeline"]
+    engine = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        endpoint = json.loads(engine.stdout.readline())["endpoint"]
+        session = make_session(tmp_path / "blender", None)
+        session.settings = EngineSettings(
+            remote_endpoint=endpoint,
+            server_key_file=str(tmp_path / "keys" / "server.key"),
+            client_key_file=str(tmp_path / "keys" / "artist.key_secret"),
+        )
+        request = toy_job(5)
+        job = session.submit(request, Notes(request.job))
+        poll_until(session, lambda: job.state_name == "done")
+        session.end()
+        stranger = make_session(tmp_path / "stranger", None)
+        stranger.settings = replace(session.settings, client_key_file=str(tmp_path / "none"))
+        stranger.want(by_person=True)
+        stranger.poll()
+        assert stranger.state is State.CRASHED and "none cannot be used" in stranger.state_line()
+    finally:
+        engine.terminate()
+        engine.wait(15)
+        engine.stdout.close()

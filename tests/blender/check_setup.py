@@ -1,6 +1,6 @@
 """Set Up Engine from the zip alone, Check, and a start of the engine that was installed. Installs packages: minutes.
 
-    PYTHON_WITH_BPY check_setup.py ZIP BASE_PYTHON
+PYTHON_WITH_BPY check_setup.py ZIP BASE_PYTHON
 """
 
 from __future__ import annotations
