@@ -130,6 +130,7 @@ def test_the_true_shape_scores_as_true(small_suite: Path, tmp_path) -> None:
     row = scoring.evaluate_result(tmp_path, truth)
     assert row["novel_iou"] > 0.95 and row["reference_iou"] > 0.97
     assert row["chamfer"] < 0.02 and row["chamfer_unaligned"] < 0.02 and row["f_score"] > 0.99
+    assert row["reference_psnr"] > 30 and row["reference_psnr_common"] > 30
     assert row["scale"] == pytest.approx(1, abs=0.02)
     assert row["components"] == 1 and row["manifold_edges"] == 1
     assert len(row["views"]) == 16
