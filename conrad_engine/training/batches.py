@@ -17,7 +17,8 @@ from torch import Tensor
 from ..guidance.embedded.sampling import channels_last
 from ..guidance.embedded.unet import Layout, Reference
 from .augment import draw_color_shifts, photo_like, shifted_colors
-from .views import N_GROUPS, N_VIEWS, SIZE, SOURCES
+from .sources import SOURCES
+from .views import N_GROUPS, N_VIEWS, SIZE
 
 SOURCE_SHARES = dict(zip(SOURCES, (0.42, 0.18, 0.24, 0.08, 0.08)))
 """Parts of the samples; those of absent sources go to the others in proportion."""

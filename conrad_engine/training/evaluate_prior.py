@@ -29,7 +29,8 @@ from ..guidance.embedded.unet import Reference, camera_axes
 from ..guidance.embedded.weights import load
 from .raster import Rasterizer, default_light, fit_distance, orbit_camera
 from .sheets import on_white, write_sheet
-from .views import POOLS, SIZE, SOURCES, Framing, framed, open_pools
+from .sources import SOURCES
+from .views import POOLS, SIZE, Framing, framed, is_usable, open_pools
 
 FOV_RAD, REFERENCE_ELEVATION_RAD = math.radians(40), math.radians(15)
 AZIMUTHS_DEG = (45, 90, 135, 180, 225, 270, 315)
@@ -38,22 +39,36 @@ SETTINGS = ((False, 1.0), (False, 2.0), (True, 1.0), (True, 1.5), (True, 2.0), (
 """(is joint, guidance scale)."""
 
 
+def seen_from_the_front(vertices: np.ndarray) -> tuple[np.ndarray, Framing]:
+    """The vertices framed from azimuth 0; turned by steps of 45 degrees where that view is not usable."""
+    for azimuth_deg in (0, 45, 90, 135):
+        framing = Framing(FOV_RAD, REFERENCE_ELEVATION_RAD, math.radians(azimuth_deg), 0.8, is_silhouette_centered=True)
+        moved = framed(vertices, framing)
+        if is_usable(moved, framing):
+            break
+    return moved, framing
+
+
 def render_set(pool: Path, most: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Views (objects, 1 + 14, 64, 64, 4) and cameras of the validation objects, the reference first; and their names."""
-    framing = Framing(FOV_RAD, REFERENCE_ELEVATION_RAD, 0.0, 0.8, is_silhouette_centered=True)
     tan_half = math.tan(FOV_RAD / 2)
     objects = open_pools(pool, SOURCES, "val")
     objects = objects[:: max(1, len(objects) // most)][:most] if most else objects
     views, cameras, names = [], [], []
     for source, index in objects:
         mesh = POOLS[source].mesh(index)
-        vertices = framed(mesh.vertices, framing)
+        vertices, framing = seen_from_the_front(mesh.vertices)
         distance = max(fit_distance(vertices, FOV_RAD, fill=0.85), 0.6 / tan_half)
         rows = [(0.0, REFERENCE_ELEVATION_RAD, HALF_FRAME / tan_half, tan_half)]
         rows += [(math.radians(a), math.radians(e), distance, tan_half) for e in ELEVATIONS_DEG for a in AZIMUTHS_DEG]
         scene = Rasterizer(replace(mesh, vertices=vertices.astype(np.float32)))
-        light = default_light(0.0)
-        views.append([scene.render(orbit_camera(*row[:3]), FOV_RAD, SIZE, light) for row in rows])
+        light = default_light(framing.azimuth_rad)
+        views.append(
+            [
+                scene.render(orbit_camera(framing.azimuth_rad + azimuth, *rest), FOV_RAD, SIZE, light)
+                for azimuth, *rest, _ in rows
+            ]
+        )
         cameras.append(rows)
         names.append(f"{source}/{POOLS[source].keys[index]}")
     return np.array(views), np.array(cameras, np.float32), names

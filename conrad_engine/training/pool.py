@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import io
 import lzma
+import zipfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ..errors import InputError
 
 FORMAT_VERSION = 1
 LZMA_FILTERS = [
@@ -95,11 +98,22 @@ class Pool:
     """One pool file. May be handed to worker processes; each decodes what it asks for."""
 
     def __init__(self, path: str | Path) -> None:
+        """Read the index.
+
+        Raises:
+            InputError: The file is missing, damaged or of another format.
+        """
         self.path = Path(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            self._arrays = {name: arrays[name] for name in arrays.files}
-        if int(self._arrays["format_version"]) != FORMAT_VERSION:
-            raise ValueError(f"{path} has format {self._arrays['format_version']}, this reader knows {FORMAT_VERSION}")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                self._arrays = {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"the mesh pool {path} cannot be read ({error}): build it again") from None
+        version = int(self._arrays.get("format_version", -1))
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"the mesh pool {path} has format {version}, this reader knows {FORMAT_VERSION}: build it again"
+            )
         self.source = str(self._arrays["source"])
         self.names, self.keys, self.categories, self.licenses, self.authors, self.splits = (
             self._arrays[name] for name in ("names", "keys", "categories", "licenses", "authors", "splits")

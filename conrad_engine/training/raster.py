@@ -23,7 +23,6 @@ from ..errors import MissingDependency
 from .pool import PoolMesh
 
 SOURCE = Path(__file__).with_name("rast.c")
-COMPILER = os.environ.get("CC", "gcc")
 # No -march=native: the compiled file may travel to another machine together with the checkout.
 ARCHITECTURE_FLAGS = ("-mavx2", "-mfma") if platform.machine() in ("x86_64", "AMD64") else ()
 COMPILER_FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", *ARCHITECTURE_FLAGS, "-shared", "-fPIC")
@@ -39,24 +38,29 @@ def compiled_library() -> Path:
         MissingDependency: There is no C compiler, or it fails.
     """
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(COMPILER_FLAGS).encode()).hexdigest()[:12]
-    folder = (
-        SOURCE.parent if os.access(SOURCE.parent, os.W_OK) else Path(tempfile.gettempdir()) / f"conrad-{os.getuid()}"
-    )
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = SOURCE.parent
+    if not os.access(folder, os.W_OK):
+        folder = Path(tempfile.gettempdir()) / f"conrad-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():  # a library out of another user's folder would be their program
+            raise MissingDependency(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
     library = folder / f"rast-{digest}.so"
     if library.exists():
         return library
+    compiler = os.environ.get("CC", "gcc")
     # Compile under another name, then rename: a process never loads a half-written file.
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
-    command = [COMPILER, *COMPILER_FLAGS, str(SOURCE), "-o", temporary, "-lm"]
+    command = [compiler, *COMPILER_FLAGS, str(SOURCE), "-o", temporary, "-lm"]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         Path(temporary).unlink(missing_ok=True)
-        reason = error.stderr.decode()[:300] if isinstance(error, subprocess.CalledProcessError) else error
+        said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else str(error)
+        reason = " ".join(said.split())[:300]
         raise MissingDependency(
-            f"rendering training views needs a C compiler and {COMPILER} failed: {reason}"
+            f"rendering training views needs a C compiler and {compiler!r} failed ({reason}): "
+            "install gcc or name another compiler in the environment variable CC"
         ) from None
     os.replace(temporary, library)
     return library

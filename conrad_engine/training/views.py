@@ -25,16 +25,19 @@ from pathlib import Path
 import numpy as np
 
 from ..config import HALF_BOX, HALF_FRAME, REFERENCE_EXTENT
+from ..errors import InputError
 from .pool import Pool, PoolMesh
-from .raster import Rasterizer, compiled_library, fit_distance, orbit_camera, random_light
+from .raster import Light, Rasterizer, compiled_library, fit_distance, orbit_camera, orbit_position, random_light
 from .shapes import random_color, random_shape
+from .sources import SOURCES, selected_sources
 
 SIZE, N_GROUPS, N_VIEWS = 64, 4, 8
-SOURCES = ("sweethome3d", "flightgear", "0ad", "supertuxkart", "procedural")
-GREEN_SOURCES = ("sweethome3d", "procedural")
-"""What may be used with attribution alone."""
 PROCEDURAL_SHARE = 0.1
 """Procedural objects of a round, as a part of the pool's."""
+CLEARANCE = 0.25
+"""Least depth of a vertex in front of a camera, in the object frame: no camera is inside an object."""
+MIN_COVERAGE = 0.01
+"""Part of the reference's pixels that the object covers at least."""
 P_COMPANION, P_RECOLOR, P_STRETCH = 0.06, 0.25, 0.7
 POOLS: dict[str, Pool] = {}
 
@@ -74,22 +77,53 @@ def projected(vertices: np.ndarray, framing: Framing, distance: float) -> np.nda
 
 
 def framed(vertices: np.ndarray, framing: Framing) -> np.ndarray:
-    """The vertices moved and scaled into the object frame.
+    """The vertices moved and scaled into the object frame, all of them at least `CLEARANCE` in front of the reference.
 
-    Scale and shift depend on each other through perspective; the loop settles to less than a thousandth in a few rounds.
+    Scale and shift depend on each other through perspective, so both are solved for the vertices on the silhouette's rim,
+    which are then looked up again; this settles in a few rounds. Where an object is so long towards the camera that the
+    clearance does not allow the asked fill, the silhouette stays smaller: `is_usable` tells.
     """
-    distance = HALF_FRAME / math.tan(framing.fov_rad / 2)
+    tan_half = math.tan(framing.fov_rad / 2)
+    distance = HALF_FRAME / tan_half
     axes = orbit_camera(framing.azimuth_rad, framing.elevation_rad, distance)[:, :3]
     centered = vertices - (vertices.min(0) + vertices.max(0)) / 2
-    scale, shift = 0.5 / float(np.ptp(vertices, axis=0).max()), np.zeros(3)
-    for _ in range(8):
-        uv = projected(centered * scale + shift, framing, distance)
-        low, high = uv.min(0), uv.max(0)
-        scale *= 2 * framing.fill / float((high - low).max())
+    across, near = centered @ axes[:, :2], centered @ axes[:, 2]
+    largest = (distance - CLEARANCE) / max(float(near.max()), 1e-9)
+    scale, shift = 0.5 * min(1.0, largest), np.zeros(2)
+    for _ in range(12):
+        uv = (across * scale + shift) / (distance - near * scale)[:, None]
+        low, high, sides = uv.argmin(0), uv.argmax(0), np.arange(2)
+        longer = int(np.ptp(uv, axis=0).argmax())
+        ends = [(float(across[rim[longer], longer]), float(near[rim[longer]])) for rim in (high, low)]
+        scale = min(_scale_for(2 * framing.fill * tan_half, distance, *ends, float(shift[longer])), largest)
         if framing.is_silhouette_centered:
             # Sideways only, so the box center stays at the origin's depth.
-            shift = shift - axes[:, :2] @ ((low + high) / 2 * HALF_FRAME)
-    return centered * scale + shift
+            weights = 1 / (distance - near[np.stack([low, high])] * scale)
+            rims = across[np.stack([low, high]), sides] * scale
+            shift = -(rims * weights).sum(0) / weights.sum(0)
+    return centered * scale + axes[:, :2] @ shift
+
+
+def _scale_for(
+    extent: float, distance: float, high: tuple[float, float], low: tuple[float, float], shift: float
+) -> float:
+    """The scale at which two vertices (x, towards the camera) appear `extent` apart, in tangents.
+
+    It is the smallest positive root of (x_h s + t) / (d - n_h s) - (x_l s + t) / (d - n_l s) = extent.
+    """
+    (x_high, near_high), (x_low, near_low) = high, low
+    a = x_low * near_high - x_high * near_low - extent * near_high * near_low
+    b = distance * (x_high - x_low + extent * (near_high + near_low)) + shift * (near_high - near_low)
+    roots = np.roots([a, b, -extent * distance**2])
+    positive = roots.real[(np.abs(roots.imag) < 1e-9) & (roots.real > 1e-9)]
+    return float(positive.min()) if len(positive) else math.inf
+
+
+def is_usable(moved: np.ndarray, framing: Framing) -> bool:
+    """Whether framed vertices fill the picture as asked and fit the product's box, with some tolerance."""
+    uv = projected(moved, framing, HALF_FRAME / math.tan(framing.fov_rad / 2))
+    is_filled = np.ptp(uv, axis=0).max() > 0.97 * 2 * framing.fill
+    return bool(is_filled and np.ptp(moved, axis=0).max() <= 1.2 * 2 * HALF_BOX)
 
 
 def random_framing(rng: np.random.Generator, fov_rad: float) -> Framing:
@@ -105,10 +139,10 @@ def random_framing(rng: np.random.Generator, fov_rad: float) -> Framing:
 def place(rng: np.random.Generator, vertices: np.ndarray) -> tuple[np.ndarray, Framing]:
     """The vertices in the object frame of a random reference view, with a little jitter.
 
-    Views from which the object would not fit the product's box (seen along its length, mostly) are drawn again a few times.
+    Views that are not usable (along the object's length, mostly) are drawn again a few times.
     """
     fov_rad = math.radians(rng.uniform(15, 55))
-    for _ in range(4):
+    for _ in range(8):
         framing = random_framing(rng, fov_rad)
         moved = framed(vertices, framing)
         if not framing.is_silhouette_centered:
@@ -116,9 +150,14 @@ def place(rng: np.random.Generator, vertices: np.ndarray) -> tuple[np.ndarray, F
             if np.abs(uv).max() > 0.98:  # cut off by the frame: the product would have centered it
                 framing = replace(framing, is_silhouette_centered=True)
                 moved = framed(vertices, framing)
-        if np.ptp(moved, axis=0).max() <= 1.2 * 2 * HALF_BOX:
+        if is_usable(moved, framing):
             break
     return moved + rng.normal(size=3) * (0.02 * REFERENCE_EXTENT), framing
+
+
+def clear_distance(vertices: np.ndarray, azimuth_rad: float, elevation_rad: float) -> float:
+    """Smallest orbit distance from which all vertices are at least `CLEARANCE` in front of the camera."""
+    return float((vertices @ np.array(orbit_position(azimuth_rad, elevation_rad))).max()) + CLEARANCE
 
 
 def random_cameras(rng: np.random.Generator, vertices: np.ndarray, framing: Framing) -> np.ndarray:
@@ -132,7 +171,8 @@ def random_cameras(rng: np.random.Generator, vertices: np.ndarray, framing: Fram
         elevation = rng.uniform(-15, 60) if rng.random() < 0.5 else rng.uniform(-10, 35)
         # The product does not know how deep the object is: some of its frames are as narrow as the reference's.
         distance = fit * rng.uniform(0.95, 1.1) if rng.random() < 0.7 else rng.uniform(0.7, 1.15) / tan_half
-        cameras.append((azimuth, math.radians(elevation), max(distance, 0.6 / tan_half), tan_half))
+        clear = clear_distance(vertices, framing.azimuth_rad + azimuth, math.radians(elevation))
+        cameras.append((azimuth, math.radians(elevation), max(distance, 0.6 / tan_half, clear), tan_half))
     return np.array(cameras, np.float32)
 
 
@@ -192,14 +232,22 @@ def render_group(
     stretch = rng.uniform(0.8, 1.25, 3) if is_train and rng.random() < P_STRETCH else np.ones(3)
     if is_train and rng.random() < P_RECOLOR:
         mesh = recolored(rng, mesh)
-    vertices, framing = place(rng, mesh.vertices * stretch)
-    scene, light = Rasterizer(replace(mesh, vertices=vertices.astype(np.float32))), random_light(rng)
-    rows = random_cameras(rng, vertices, framing)
+    for _ in range(4):
+        vertices, framing = place(rng, mesh.vertices * stretch)
+        rows = random_cameras(rng, vertices, framing)
+        render_views(replace(mesh, vertices=vertices.astype(np.float32)), framing, rows, random_light(rng), views)
+        if (views[0, ..., 3] > 127).mean() >= MIN_COVERAGE:
+            cameras[:] = rows
+            return float(np.ptp(vertices, axis=0).max()) / REFERENCE_EXTENT
+    raise ValueError(f"no reference in four shows more than {MIN_COVERAGE:.0%} of it")
+
+
+def render_views(mesh: PoolMesh, framing: Framing, rows: np.ndarray, light: Light, views: np.ndarray) -> None:
+    """Fill `views` with one picture a camera row, azimuths counted from the framing's own."""
+    scene = Rasterizer(mesh)
     for view, (azimuth, elevation, distance, _) in enumerate(rows.tolist()):
         c2w = orbit_camera(framing.azimuth_rad + azimuth, elevation, distance)
         views[view] = scene.render(c2w, framing.fov_rad, SIZE, light)
-    cameras[:] = rows
-    return float(np.ptp(vertices, axis=0).max()) / REFERENCE_EXTENT
 
 
 def render_object(task: Task) -> str:
@@ -223,32 +271,24 @@ def render_object(task: Task) -> str:
 
 
 def open_pools(folder: Path, sources: tuple[str, ...], split: str) -> list[tuple[str, int]]:
-    """Open the pool files found; returns the objects (source, index) of the split, procedural ones last."""
+    """Open the pool files found; returns the objects (source, index) of the split, procedural ones last.
+
+    Raises:
+        InputError: A file holds another source than its name says, or there is no object.
+    """
+    POOLS.clear()
     for source in sources:
         path = folder / f"pool_{source}.npz"
         if source != "procedural" and path.exists():
             POOLS[source] = Pool(path)
+            if POOLS[source].source != source:
+                raise InputError(f"{path} holds objects of {POOLS[source].source!r}, not of {source!r}: build it again")
     objects = [(source, int(index)) for source, pool in POOLS.items() for index in pool.indices(split)]
     if split == "train" and "procedural" in sources:
         objects += [("procedural", index) for index in range(max(1, round(PROCEDURAL_SHARE * len(objects))))]
     if not objects:
-        raise FileNotFoundError(
-            f"no object of split {split!r} found: {folder} must hold pool_*.npz of {', '.join(sources)}"
-        )
+        raise InputError(f"no object of split {split!r} found: {folder} must hold pool_*.npz of {', '.join(sources)}")
     return objects
-
-
-def selected_sources(text: str) -> tuple[str, ...]:
-    """Source names from `all`, `green` or a list with commas."""
-    if text in ("all", "green"):
-        return SOURCES if text == "all" else GREEN_SOURCES
-    names = tuple(text.split(","))
-    unknown = [name for name in names if name not in SOURCES]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"unknown source {unknown[0]!r}: use all, green or some of {', '.join(SOURCES)}"
-        )
-    return names
 
 
 def render_round(

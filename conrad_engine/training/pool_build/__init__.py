@@ -1,0 +1,1 @@
+"""Builds the mesh pool that the prior is trained on; needs the extra `training`."""
