@@ -15,9 +15,10 @@ from time import perf_counter
 import bpy
 
 from . import importer, preferences, scene_tools
+from .engine_state import Event, is_changed
 from .jobs import Job, JobTable
 from .launcher import Launcher
-from .session import Event, Session, changed, with_result_wanted
+from .session import Session, with_result_wanted
 
 BUSY_S, WATCHING_S, IDLE_S = 0.1, 0.04, 0.5
 
@@ -54,7 +55,7 @@ def refresh_settings() -> None:
     """Read the preferences anew; an engine that runs on other settings keeps them until it is started again."""
     settings = preferences.engine_settings()
     own = session()
-    if own.client is None or not changed(own.settings, settings):
+    if own.client is None or not is_changed(own.settings, settings):
         own.settings = settings
 
 

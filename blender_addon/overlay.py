@@ -17,9 +17,9 @@ from mathutils import Vector
 
 from . import camera_math as cm
 from . import link, preferences, scene_tools
+from .engine_state import Event
 from .jobs import Job
 from .protocol import Preview, SetPreview
-from .session import Event
 
 MOVING_SIZE, RESTING_SIZE = 160, 320
 REST_S, LONG_REST_S = 0.25, 1.0
@@ -68,47 +68,45 @@ def _watched_job() -> Job | None:
 
 def _step() -> bool:
     """Tell the engine where the view is, when it has changed or come to rest."""
-    global _serial, _asked, _asked_at, _view, _moved_at
     job = _watched_job()
     if job is None or bpy.app.background:
         return False
-    settings = scene_tools.scene_now().conrad
-    now = monotonic()
-    if not settings.use_overlay or not job.notes.setup:
-        request = ("turning", job.id)
-        if _asked != request:
-            _asked, _asked_at = request, now
-            link.session().tell(SetPreview(job.id, True, width=256, height=256))
-        return True
-    found = _moved_view()
+    if scene_tools.scene_now().conrad.use_overlay and job.notes.setup:
+        _ask_for_view(job)
+    else:
+        _ask_for_turning_view(job)
+    return True
+
+
+def _ask_for_turning_view(job: Job) -> None:
+    """Something to look at in the panel, once a job."""
+    global _asked
+    if _asked != ("turning", job.id):
+        _asked = ("turning", job.id)
+        link.session().tell(SetPreview(job.id, True, width=256, height=256))
+
+
+def _ask_for_view(job: Job) -> None:
+    """The picture from the view that was moved last: small while it moves, large when it rests."""
+    global _serial, _asked, _asked_at, _view, _moved_at
+    found, now = _moved_view(), monotonic()
     if found is None:
-        return True
-    region, space_data, key = found
+        return
+    region, data, key = found
     if key != _view:
         _view, _moved_at = key, now
-    rest = now - _moved_at
-    largest = preferences.get().preview_size
+    rest, largest = now - _moved_at, preferences.get().preview_size
     size = MOVING_SIZE if rest < REST_S else (RESTING_SIZE if rest < LONG_REST_S else largest)
     request = (job.id, key, min(size, largest))
     if request == _asked or now - _asked_at < ASK_EVERY_S:
-        return True
-    view = window_on_object(space_data, region.width, region.height, job.notes.setup, request[2])
+        return
+    view = window_on_object(data, region.width, region.height, job.notes.setup, request[2])
     if view is None:
-        return True
+        return
     _asked, _asked_at, _serial = request, now, _serial + 1
     pose, lens, width, height = view
-    link.session().tell(
-        SetPreview(
-            job.id,
-            True,
-            _serial,
-            tuple(float(x) for x in pose.ravel()),
-            tuple(float(x) for x in lens),
-            width,
-            height,
-        )
-    )
-    return True
+    c2w, intrinsics = tuple(float(x) for x in pose.ravel()), tuple(float(x) for x in lens)
+    link.session().tell(SetPreview(job.id, True, _serial, c2w, intrinsics, width, height))
 
 
 _last_keys: dict[int, tuple] = {}

@@ -7,8 +7,8 @@ import textwrap
 import bpy
 
 from . import engine_setup, link, operators_engine, preferences
+from .engine_state import State
 from .jobs import Job
-from .session import State
 
 CATEGORY = "ConRad"
 STATE_ICONS = {

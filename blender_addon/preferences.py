@@ -9,8 +9,8 @@ import bpy
 from bpy.props import BoolProperty, EnumProperty, FloatProperty, IntProperty, StringProperty
 
 from . import engine_setup
+from .engine_state import EngineSettings
 from .protocol import default_data_folder
-from .session import EngineSettings
 
 
 class ConradPreferences(bpy.types.AddonPreferences):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .engine_state import EngineSettings, Event, State
 from .jobs import Job, JobTable, Notes
 from .launcher import CannotStart, Launcher
 from .protocol import (
@@ -49,54 +49,6 @@ FIND_FOR_S = 2.0
 """How long an engine that another program started is given to answer before an own one is started."""
 READ_BUDGET_S = 0.004
 TEXTURE, THUMBNAIL, CONFIG, CAMERA = "texture.png", "thumbnail.png", "config.json", "camera.json"
-
-
-class State(Enum):
-    NOT_SET_UP = "Not Set Up"
-    STOPPED = "Stopped"
-    STARTING = "Starting"
-    READY = "Ready"
-    BUSY = "Busy"
-    NOT_RESPONDING = "Not Responding"
-    CRASHED = "Crashed"
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Where the engine is and how it is started; from the preferences."""
-
-    python: str = ""
-    """Interpreter of the engine's environment; empty while there is none."""
-    data_folder: str = ""
-    """Jobs and results."""
-    device: str = "auto"
-    idle_minutes: float = 0.0
-    """The engine ends after this long without work; 0 is never."""
-    extra_arguments: tuple[str, ...] = ()
-    remote_endpoint: str = ""
-    """An engine on another machine instead of an own one."""
-    server_key_file: str = ""
-    client_key_file: str = ""
-
-    @property
-    def is_remote(self) -> bool:
-        return bool(self.remote_endpoint)
-
-    def arguments(self) -> list[str]:
-        """Of `conrad serve`."""
-        words = ["--devices", self.device]
-        words += ["--data", self.data_folder] if self.data_folder else []
-        words += ["--idle-timeout", str(self.idle_minutes * 60)] if self.idle_minutes else []
-        return [*words, *self.extra_arguments]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something the user interface should react to."""
-
-    kind: str
-    """engine (its state changed), job, preview, thumbnail, result (arrays are there), file or forgotten."""
-    job: str = ""
 
 
 @dataclass
@@ -489,8 +441,3 @@ def with_result_wanted(session: Session, job: Job) -> None:
     """Bring a job's newest result into the scene when it arrives."""
     job.wants_import, job.problem = True, ""
     session.fetch(job)
-
-
-def changed(settings: EngineSettings, other: EngineSettings) -> bool:
-    """Whether a running engine must be started anew for these settings."""
-    return replace(settings, idle_minutes=0.0) != replace(other, idle_minutes=0.0)

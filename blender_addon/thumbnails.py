@@ -10,7 +10,7 @@ import bpy.utils.previews
 import numpy as np
 
 from . import link
-from .session import Event
+from .engine_state import Event
 
 LIVE_SIZE, ICON_SIZE = 256, 32
 LIVE_EVERY_S = 0.25

@@ -102,15 +102,13 @@ def test_blender_killed_in_the_middle(seconds, interpreter, zip_path, engine_pyt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interpreter", FOUND[:1])
-def test_a_real_object_covers_its_picture(interpreter, zip_path, engine_python, tmp_path):
+@pytest.mark.parametrize("script", ["check_result.py", "check_project.py"])
+def test_a_real_object_covers_its_picture(script, interpreter, zip_path, engine_python, tmp_path):
     (tmp_path / "data").mkdir()
     pictures = ROOT / "tests" / "pictures"
     files = (str(pictures / "robot.png"), str(pictures / "robot.camera.json"))
-    print(
-        run_script(
-            "check_result.py", interpreter, tmp_path, str(zip_path), engine_python, str(tmp_path / "data"), *files
-        )
-    )
+    places = (str(zip_path), engine_python, str(tmp_path / "data"))
+    print(run_script(script, interpreter, tmp_path, *places, *files, limit_s=600))
 
 
 @pytest.mark.slow

@@ -16,10 +16,11 @@ import pytest
 
 from blender_addon import engine_setup
 from blender_addon.child import Child, clean_environment, tail
+from blender_addon.engine_state import EngineSettings, State
 from blender_addon.jobs import JobTable, Notes
 from blender_addon.launcher import MAX_FAILURES, CannotStart, Launcher
 from blender_addon.protocol import Cancel, Keep, Resume
-from blender_addon.session import EngineSettings, Session, State, with_result_wanted
+from blender_addon.session import Session, with_result_wanted
 from tests.engine_process import ROOT, running, toy_job
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in interpreters are shell scripts")

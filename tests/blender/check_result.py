@@ -16,10 +16,10 @@ import numpy as np
 from common import empty_scene, main, part, preferences, pump_until
 
 MIN_IOU, MIN_PSNR_DB = 0.97, 28.0
-TIME_LIMIT_S = 250
+TIME_LIMIT_S = 500
 TOY = (
-    "optimize.warm_start_views=2 optimize.warm_start_sampling=4 optimize.warm_start_steps=30 optimize.n_steps=10"
-    " mesh.resolution=128 mesh.turntable_frames=4"
+    "optimize.warm_start_views=2 optimize.warm_start_sampling=4 optimize.warm_start_steps=60 optimize.n_steps=5"
+    " mesh.resolution=160 mesh.turntable_frames=2 mesh.turntable_size=64"
 )
 """The whole pipeline at a size for tests: the front is the picture's, the back is whatever came of it."""
 
