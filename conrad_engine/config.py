@@ -116,15 +116,15 @@ class ConstraintConfig:
     loss instead, as RealFusion and NeuralLift-360 do: for comparison)."""
     fraction_start: float = 0.3
     """Share of a ray's opacity left behind the inferred surface at the start; the median would be 0.5."""
-    fraction_end: float = 0.02
-    """The same at the end. The article's rule is 0.05; a smaller share is closer to the picture."""
+    fraction_end: float = 0.05
+    """The same at the end: the article's rule."""
     delta: float = 0.02
     """Thickness behind the inferred surface that still takes the picture's color, world units."""
     shell_density: float = 150.0
     """λ of the shell: opaque to 0.2 % across 2 δ with δ = 0.02."""
-    shell_from: float = 0.3
-    """Part of the run after which the inferred form has the shell too, so that every pixel of the object is opaque; above 1
-    is never."""
+    shell_from: float = 1.0
+    """Part of the run after which the inferred form has the shell too, so that every pixel of the object is opaque: 1 is the
+    finished field only (a shell in a surface that still moves would hold it back), above 1 is never."""
     softness: float = 0.0
     """Width of the transition at the surface, world units; 0 is a hard boundary."""
     depth_size: int = 128
@@ -150,11 +150,11 @@ class ConstraintConfig:
 class EmbeddedPriorConfig:
     """The small view-conditioned prior that ships with the package."""
 
-    scale: float = 2.0
+    scale: float = 1.5
     """Classifier-free guidance; 1 is none."""
-    t_start: float = 0.98
-    """Noise time at the start of the optimisation, 0 to 1."""
-    t_end: float = 0.2
+    t_start: float = 0.6
+    """Noise time at the start of the distillation, 0 to 1; after a warm start more would undo it, without one take 0.98."""
+    t_end: float = 0.15
     """Noise time at its end."""
     t_spread: float = 0.05
     """Half width of the random range around it."""
@@ -388,6 +388,8 @@ class OptimizeConfig:
     """Denoising steps of these views."""
     warm_start_steps: int = 100
     """Optimisation steps on these views."""
+    carve: bool = True
+    """Start from the visual hull of these views instead of the blob."""
     n_steps: int = 150
     """Steps of score distillation after it; 0 is allowed."""
     n_views: int = 2

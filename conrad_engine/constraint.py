@@ -29,6 +29,8 @@ N_RIM_PIXELS = 3
 """Pixels by which the inferred depth is continued past the mask: the rim of the object is still the picture's."""
 N_FILLED_PIXELS = 32
 """Pixels by which it is continued inside the mask, over thin parts that the field has not found yet."""
+SHELL_FRACTION = 0.5
+"""The shell stands at the median depth: the dominant layer, wherever fog or a back wall would drag a higher percentile."""
 HULL_PIXELS = 512
 """The carving margin `ConstraintConfig.dilate_px` is in pixels of a picture of this size."""
 
@@ -171,14 +173,16 @@ class ConstrainedField(nn.Module):
         return other
 
     def set_progress(self, progress: float) -> None:
-        """The fraction falls during the first half: the median paints less of a half-formed blob than the 98th percentile.
+        """The fraction falls during the first half: the median paints less of a half-formed blob than the 95th percentile.
 
-        From `shell_from` on the inferred form, too, has its opaque shell: the article's first form at the depth of its second.
+        From `shell_from` on the inferred form has an opaque shell, too: the article's first form at the depth of its second.
+        The shell stands at the median depth and nothing behind it is seen, so the picture's color ends there as well.
         """
-        part = min(1.0, 2 * progress)
-        self.fraction = self.config.fraction_start + part * (self.config.fraction_end - self.config.fraction_start)
         kind = self.config.kind
         self.has_shell = kind == "known_depth" or (kind == "inferred_depth" and progress >= self.config.shell_from)
+        part = min(1.0, 2 * progress)
+        falling = self.config.fraction_start + part * (self.config.fraction_end - self.config.fraction_start)
+        self.fraction = SHELL_FRACTION if self.has_shell else falling
 
     def infer_surfaces(self, n_samples: int, occupancy: OccupancyGrid | None = None) -> None:
         """Update d_ref of every view from the live field (inferred form only)."""

@@ -26,6 +26,13 @@ from .rendering.renderer import Rendering, render_rays
 
 log = logging.getLogger(__name__)
 
+N_SAMPLED_RAYS = 4096
+"""Rays a step of the fit to sampled views."""
+FIT_WEIGHT = 4.0
+LOST_SCORE = -9.0
+"""Hull score under which a point is nowhere near any sampled silhouette: about two and a half views see nothing there."""
+HULL_CELLS = 72
+"""Cells a side of the hull that sampled views are carved into."""
 N_REFERENCE_RAYS = 1536
 """Rays a step that compare opacity with the mask."""
 OCCUPANCY_EVERY = 16
@@ -177,18 +184,15 @@ def train_step(
     if state.step % config.constraint.update_every == 0:
         state.constrained.infer_surfaces(config.render.n_samples, state.occupancy)
 
-    is_warm = state.sampled is not None and state.step < n_total - settings.n_steps
-    if is_warm:
-        cameras, wanted = _pick_sampled(state, condition, config, generator)
-    else:
-        cameras, wanted = random_cameras(state, condition, config, generator), None
-    rendering = _render(state, *cameras.rays(), config, generator)
-    rgba = _as_pictures(rendering.rgba, cameras)
-
     terms = reference_terms(state, config, generator)
-    if is_warm:
-        terms["fit"] = 4 * losses.picture_loss(rgba, wanted)
-    elif guidance is not None:
+    if state.sampled is not None and state.step < n_total - settings.n_steps:
+        origins, directions, wanted = _sampled_rays(state, condition, config, generator)
+        rendering = _render(state, origins, directions, config, generator)
+        terms["fit"] = FIT_WEIGHT * losses.picture_loss(rendering.rgba, wanted)
+    else:
+        cameras = random_cameras(state, condition, config, generator)
+        rendering = _render(state, *cameras.rays(), config, generator)
+        rgba = _as_pictures(rendering.rgba, cameras)
         done = (state.step - (n_total - settings.n_steps)) / max(1, settings.n_steps)
         result = guidance.gradient(rgba.detach(), cameras, done, generator)
         # Score distillation, arXiv:2209.14988, Eq. 3: a given gradient as the loss whose gradient it is.
@@ -220,6 +224,10 @@ def reference_terms(state: State, config: PipelineConfig, generator: torch.Gener
         wanted = torch.nn.functional.grid_sample(picture, unit[None] * 2 - 1, align_corners=False)[0, :, 0].T
         mask_term = config.optimize.mask_weight * losses.mask_loss(rendering.opacities, wanted[:, 3])
         terms["mask"] = terms.get("mask", 0) + mask_term
+        if config.optimize.distortion_weight:
+            # Ten times that of other views, as NeuralLift-360: what the mask asks for must stand at one depth.
+            spread = distortion(rendering.weights, rendering.t_mids, rendering.steps).mean()
+            terms["gather"] = terms.get("gather", 0) + 10 * config.optimize.distortion_weight * spread
         if config.constraint.kind == "loss":
             error = (rendering.rgb - wanted[:, :3]).square().mean()
             terms["picture"] = terms.get("picture", 0) + config.constraint.loss_weight * error
@@ -286,18 +294,83 @@ def sample_warm_start(
             cameras,
             n_steps=settings.warm_start_sampling,
             generator=generator,
+            on_step=lambda k: _sampling_step(k, settings.warm_start_sampling, monitor),
         )
         border = torch.cat([state.sampled[:, 3, :, :1], state.sampled[:, 3, :, -1:]], -1)
         if (border > 0.5).float().mean() < 0.02:
-            return
+            break
         log.info("the object is deeper than it is wide: its views are drawn again from farther away")
+    if settings.carve:
+        carve(state, cameras)
 
 
-def _pick_sampled(state: State, condition: Camera, config: PipelineConfig, generator: torch.Generator):
+def _sampling_step(step: int, n_steps: int, monitor: Monitor) -> None:
+    monitor.progress(Progress("warm_start", step, n_steps))
+    if monitor.command() is Command.CANCEL:
+        raise Cancelled("cancelled while the first views were drawn")
+
+
+def carve(state: State, cameras: Camera) -> None:
+    """Start from the space that the sampled silhouettes leave: their visual hull, lenient with a single dissenting view.
+
+    A point's score sums the logarithms of the opacities it projects to; the worst view counts half, so a point that one view
+    sees outside starts half dense and one that two views see outside starts empty.
+    """
+    field, sampled = state.field, state.sampled
+    resolution = HULL_CELLS
+    axes = [
+        low + (torch.arange(resolution, device=low.device) + 0.5) / resolution * (high - low)
+        for low, high in field.aabb.T
+    ]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    uv, _ = cameras.project(points[None].expand(len(cameras), -1, -1))
+    unit = uv / cameras.width * 2 - 1
+    opacities = torch.nn.functional.avg_pool2d(sampled[:, 3:], 3, 1, 1)
+    seen = torch.nn.functional.grid_sample(opacities, unit[:, None], align_corners=False, padding_mode="border")[
+        :, 0, 0
+    ]
+    logs = seen.clamp(0.02, 1).log()
+    score = _lifted(logs.sum(0) - 0.5 * logs.amin(0), points, state.constrained)
+    cell = float((field.aabb[1] - field.aabb[0]).max()) / field.config.resolution
+    field.initialize(((score + 2) * cell).view(resolution, resolution, resolution))
+    field.prepare()
+
+
+def _lifted(score: Tensor, points: Tensor, constrained: ConstrainedField) -> Tensor:
+    """Scores raised along rays of the pictures that would meet nothing: a thin part that the samples lost stands where they
+    came nearest to it. Rays that no sample comes near stay empty."""
+    for view in constrained.views:
+        camera = view.depth_camera
+        uv, z_depths = camera.project(points)
+        column, row = uv.long().unbind(-1)
+        inside = (z_depths > 0) & (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)
+        pixel = row.clamp(0, camera.height - 1) * camera.width + column.clamp(0, camera.width - 1)
+        inside &= view.in_mask.flatten()[pixel]
+        best = torch.full((camera.width * camera.height,), -1e3, device=score.device)
+        best = best.scatter_reduce(0, pixel[inside], score[inside], "amax")
+        # The hull's cells are larger than the map's pixels: a ray's best is that of its neighborhood.
+        best = torch.nn.functional.max_pool2d(best.view(1, 1, camera.height, camera.width), 3, 1, 1).flatten()[pixel]
+        is_thin = inside & (best < -1) & (best > LOST_SCORE)
+        score = torch.where(is_thin, torch.maximum(score, -1 + 3 * (score - best)), score)
+    return score
+
+
+def _sampled_rays(
+    state: State, condition: Camera, config: PipelineConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random rays of the sampled views and the RGBA they should see; half of them near the object."""
     cameras = ring_cameras(condition, len(state.sampled), state.half_frame, config.render.size).to(generator.device)
-    count = min(max(2, state.n_views), len(state.sampled))
-    chosen = torch.randperm(len(state.sampled), generator=generator, device=generator.device)[:count]
-    return cameras[chosen], state.sampled[chosen]
+    size = config.render.size
+    near = torch.nn.functional.max_pool2d(state.sampled[:, 3:], 5, 1, 2).flatten() > 0.05
+    n = N_SAMPLED_RAYS
+    chance = near / near.sum().clamp(min=1) + 1 / near.numel()
+    pick = torch.multinomial(chance, n, replacement=True, generator=generator)
+    view, pixel = pick // size**2, pick % size**2
+    # A place inside the pixel, so that the pixel grid leaves no pattern.
+    uv = torch.stack([pixel % size, pixel // size], -1) + torch.rand(n, 2, generator=generator, device=pick.device)
+    picked = cameras[view]
+    origins, directions = (x[:, 0] for x in picked.rays(uv[:, None]))
+    return origins, directions, state.sampled[view, :, pixel // size, pixel % size]
 
 
 def _render(

@@ -53,7 +53,7 @@ class BallPrior:
         self.n_calls += 1
         return GuidanceResult(rgba - ball_picture(cameras), 0.0)
 
-    def sample_views(self, cameras, n_steps, scale=None, generator=None, **_):
+    def sample_views(self, cameras, n_steps, scale=None, generator=None, on_step=None, **_):
         return ball_picture(cameras)
 
 

@@ -27,6 +27,7 @@ class DenseVolume(nn.Module):
             aabb: Box of the field in the object frame; cells are cubes of its longest side over `config.resolution`.
         """
         super().__init__()
+        self.config = config
         self.density_scale = config.density_scale
         self.register_buffer("aabb", aabb.float())
         sides = aabb[1] - aabb[0]
