@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .cameras import Camera, CameraSetup, Similarity
+from .cameras import Camera, CameraSetup, Similarity, orbit_angles
 from .config import MeshConfig, PipelineConfig
 from .constraint import ConstrainedField, ReferenceView
 from .errors import InputError
@@ -19,8 +20,8 @@ from .mesh.bake import Photo, bake_texture
 from .mesh.clean import clean_mesh
 from .mesh.extract import SurfaceView, extract_mesh
 from .mesh.glb import write_glb, write_obj, write_ply, write_texture
-from .mesh.raster import render_mesh, render_with_depth
 from .mesh.mesh import Mesh, TexturedMesh
+from .mesh.raster import render_mesh, render_with_depth
 from .mesh.unwrap import unwrap
 from .monitor import Monitor, Progress
 from .optimize import State, memory_bytes
@@ -162,7 +163,9 @@ def reference_measures(
         numbers[f"field_psnr_{name}"] = measure.psnr(picture.on(0.0).cpu().numpy(), wanted, inside)
         numbers[f"field_opacity_{name}"] = float(picture.opacities.cpu().numpy()[inside].mean())
     seen = view.resized(MEASURED_PICTURE)
-    rendered = render_mesh(mesh, seen.camera, supersample=2)
+    rendered = render_mesh(
+        mesh, seen.camera, supersample=3
+    )  # an odd number, so that half coverage is the pixel's center
     mask = seen.mask[0].numpy() > 0.5
     ours = rendered[..., 3] > 0.5
     wanted = seen.rgb.permute(1, 2, 0).numpy()
@@ -208,10 +211,14 @@ def write_pictures(
     field_view = np.concatenate([(field_picture.rgb.cpu().numpy() / np.maximum(opacity, 1e-3)).clip(0, 1), opacity], -1)
     normals = field_picture.normals.cpu() @ seen.camera.c2w[:, :3]
     world_view = replace(seen.camera, c2w=_world_camera(setup, frame, seen.camera))
+    azimuth_rad, _, _ = orbit_angles(setup.camera.positions - setup.object_center)
+    start_deg = math.degrees(float(azimuth_rad))
     data = SheetData(
         picture=prepared.original[window].astype(np.float32) / 255,
         mask=prepared.mask[window],
-        views=[render_mesh(mesh, camera, supersample=2) for camera in sheet_cameras(mesh.vertices)],
+        views=[
+            render_mesh(mesh, camera, supersample=2) for camera in sheet_cameras(mesh.vertices, start_deg=start_deg)
+        ],
         field_view=field_view,
         mesh_view=render_mesh(mesh, world_view, supersample=2),
         depth=(field_picture.depths * (field_picture.opacities > 0.5)).cpu().numpy(),
@@ -228,7 +235,8 @@ def write_pictures(
     )
     make_sheet(data, folder / "sheet.png")
     if config.turntable_frames:
-        cameras = turntable_cameras(mesh.vertices, config.turntable_frames, config.turntable_size)
+        n_frames, size = config.turntable_frames, config.turntable_size
+        cameras = turntable_cameras(mesh.vertices, n_frames, size, start_deg=start_deg)
         write_turntable([render_mesh(mesh, camera, supersample=1) for camera in cameras], folder / "turntable.gif")
 
 
