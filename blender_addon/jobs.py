@@ -19,11 +19,23 @@ ACTIVE_STATES = ("queued", "running", "paused")
 STAGE_NAMES = {
     "decode": "Reading",
     "prepare": "Preparing",
-    "warm_start": "First Shape",
+    "warm_start": "Imagining Views",
     "optimize": "Optimizing",
     "mesh": "Making Mesh",
     "write": "Writing",
 }
+
+
+STAGE_PARTS = {
+    "decode": (0.0, 0.01),
+    "prepare": (0.01, 0.03),
+    "warm_start": (0.03, 0.1),
+    "optimize": (0.1, 0.88),
+    "mesh": (0.88, 0.98),
+    "write": (0.98, 1.0),
+    "done": (1.0, 1.0),
+}
+"""Where a stage begins and ends on the progress bar, so that it never runs backwards."""
 
 
 @dataclass
@@ -129,7 +141,11 @@ class Job:
         if self.state is not None and self.state.state == "done":
             return 1.0
         step, n_steps = self.steps
-        return min(step / n_steps, 1.0) if n_steps else 0.0
+        part = min(max(step / n_steps, 0.0), 1.0) if n_steps else 0.0
+        if self.progress is None or self.progress.stage not in STAGE_PARTS:
+            return part
+        start, end = STAGE_PARTS[self.progress.stage]
+        return start + (end - start) * part
 
     @property
     def steps(self) -> tuple[int, int]:

@@ -25,13 +25,23 @@ def test_messages_move_a_job_through_its_life(tmp_path):
     assert "2 before it" in job.status()
     table.take_state(state(job.id, 2, "running"))
     table.take_progress(Progress(job.id, 1, "optimize", 30, 120, eta_s=75.4))
-    assert job.status() == "Optimizing 30/120 - 1:15 left" and job.factor == 0.25
+    assert job.status() == "Optimizing 30/120 - 1:15 left" and 0.1 < job.factor < 0.5
     table.take_state(state(job.id, 3, "done", result=1, parts=("arrays",)))
     assert job.factor == 1 and not job.is_active and job.is_waiting and table.shown() is None
     table.imported(job, 1)
     assert not job.is_waiting
     table.take_state(state(job.id, 4, "done", result=2))
     assert job.is_waiting, "extracting again makes a new result"
+
+
+def test_the_bar_never_runs_backwards():
+    table, factors = JobTable(), []
+    job = table.take_state(state("a" * 32, 1, "running"))
+    stages = ("decode", "prepare", "warm_start", "optimize", "mesh", "write")
+    for number, (stage, step) in enumerate((stage, step) for stage in stages for step in range(5)):
+        table.take_progress(Progress(job.id, number, stage, step, 4))
+        factors.append(job.factor)
+    assert factors == sorted(factors) and factors[0] == 0 and factors[-1] == 1
 
 
 def test_old_news_change_nothing():
