@@ -251,3 +251,24 @@ def test_whatever_happens_the_table_stays_sound(actions):
             assert job.state not in (*FINAL_STATES, QUEUED) or job.worker is None
             assert job.state != RUNNING or job.worker is not None
             assert job.command != "cancel" or job.worker is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guidance.weights", "/etc/passwd"),
+        ("guidance.weights.allow_pickle", True),
+        ("guidance.zero123.weights.revision", "evil"),
+        ("guidance.embedding", "/tmp/x.safetensors"),
+        ("picture.matting_model", "/tmp/x.onnx"),
+        ("guidance.model", "/home/x"),
+        ("guidance.zero123.model", "../../x"),
+    ],
+)
+def test_no_client_names_files_or_trust_of_the_engines_machine(name, value):
+    from conrad_engine.errors import InputError
+    from conrad_engine.server.requests import pipeline_config
+
+    settings = {"preset": "draft", "guidance": "", "prompt": "", "seed": 0, "texture_size": None, "n_faces": None}
+    with pytest.raises(InputError, match="cannot be set by a client|hub id"):
+        pipeline_config({**settings, "overrides": {name: value}})

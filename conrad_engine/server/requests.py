@@ -10,8 +10,11 @@ from ..errors import InputError
 from ..protocol import Extract, Submit
 from .store import JOB_ID
 
-PATH_SETTINGS = ("picture.matting_model", "guidance.weights")
-"""Settings that hold paths on the engine's machine, which no client may choose."""
+LOCAL_SETTINGS = frozenset(
+    "matting_model weights allow_pickle revision embedding tiny_autoencoder ip_adapter ip_adapter_file text_to_image "
+    "edit_model instruct_model caption_model depth_model".split()
+)
+"""Last parts of settings that name files of the engine's machine or decide what code it trusts: no client may choose them."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 OWN_SETTINGS = ("preset", "guidance", "device", "threads")
 """Settings that are not overrides: they have a field of their own, or are the engine's."""
@@ -57,10 +60,11 @@ def pipeline_config(settings: dict, device: str = "auto") -> PipelineConfig:
     if settings["guidance"]:
         overrides["guidance"] = settings["guidance"]
     for name, value in settings["overrides"].items():
-        if name in PATH_SETTINGS or name in OWN_SETTINGS:
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in LOCAL_SETTINGS or name in OWN_SETTINGS:
             raise InputError(f"setting {name!r} cannot be set by a client")
-        if name == "guidance.model" and not HUB_ID.fullmatch(str(value)):
-            raise InputError(f"guidance.model must be a hub id such as 'name/model', not {str(value)[:60]!r}")
+        if leaf == "model" and not HUB_ID.fullmatch(str(value)):
+            raise InputError(f"{name} must be a hub id such as 'name/model', not {str(value)[:60]!r}")
         overrides[name] = value
     if settings["texture_size"] is not None:
         overrides["mesh.texture_size"] = settings["texture_size"]
