@@ -75,8 +75,9 @@ def rgba_of(shape: tuple[int, ...], data: bytes | memoryview) -> np.ndarray:
 
 
 def cropped(rgba: np.ndarray) -> np.ndarray:
-    """The part of a picture that is not transparent."""
-    rows, columns = np.flatnonzero(rgba[..., 3].any(1)), np.flatnonzero(rgba[..., 3].any(0))
+    """The part of a picture that is clearly there."""
+    is_seen = rgba[..., 3] > 0.1
+    rows, columns = np.flatnonzero(is_seen.any(1)), np.flatnonzero(is_seen.any(0))
     return rgba[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else rgba
 
 
