@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..config import HALF_FRAME
 from ..guidance.embedded.prior import fast_precision
 from ..guidance.embedded.sampling import ConditionedPrior
-from ..guidance.embedded.unet import Reference, camera_axes
+from ..guidance.embedded.unet import Reference, ViewPrior, camera_axes
 from ..guidance.embedded.weights import load
 from .raster import Rasterizer, default_light, fit_distance, orbit_camera
 from .sheets import on_white, write_sheet
@@ -35,8 +35,6 @@ from .views import POOLS, SIZE, Framing, framed, is_usable, open_pools
 FOV_RAD, REFERENCE_ELEVATION_RAD = math.radians(40), math.radians(15)
 AZIMUTHS_DEG = (45, 90, 135, 180, 225, 270, 315)
 ELEVATIONS_DEG = (0, 30)
-SETTINGS = ((False, 1.0), (False, 2.0), (True, 1.0), (True, 1.5), (True, 2.0), (True, 3.0))
-"""(is joint, guidance scale)."""
 
 
 def seen_from_the_front(vertices: np.ndarray) -> tuple[np.ndarray, Framing]:
@@ -146,39 +144,100 @@ def score(pictures: Tensor, truth: Tensor, cameras: Tensor) -> dict[str, object]
     return result
 
 
+@dataclass(frozen=True)
+class Cases:
+    """The validation objects as the prior sees them."""
+
+    references: Float[Tensor, "n 4 h w"]
+    """Premultiplied RGBA in [-1, 1], as all pictures here."""
+    reference_cameras: Float[Tensor, "n 4"]
+    truth: Float[Tensor, "n v 4 h w"]
+    cameras: Float[Tensor, "n v 4"]
+
+    @staticmethod
+    def of(views: np.ndarray, cameras: np.ndarray, device: torch.device) -> Cases:
+        rgba = torch.from_numpy(views).to(device).float().permute(0, 1, 4, 2, 3) / 255
+        pictures = torch.cat([rgba[:, :, :3] * rgba[:, :, 3:], rgba[:, :, 3:]], 2) * 2 - 1
+        rows = torch.from_numpy(cameras).to(device)
+        return Cases(pictures[:, 0], rows[:, 0], pictures[:, 1:], rows[:, 1:])
+
+    def scores(self, pictures: Float[Tensor, "n v 4 h w"]) -> dict[str, object]:
+        return score(pictures.flatten(0, 1), self.truth.flatten(0, 1), self.cameras.flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of sampling."""
+
+    is_joint: bool
+    scale: float
+    is_elevation_known: bool = True
+
+    @property
+    def name(self) -> str:
+        way = f"{'joint' if self.is_joint else 'independent'}, guidance {self.scale:g}"
+        return way if self.is_elevation_known else f"{way}, elevation unknown"
+
+
+SETTINGS = (
+    *(Setting(False, scale) for scale in (1.0, 2.0)),
+    *(Setting(True, scale) for scale in (1.0, 1.5, 2.0, 3.0)),
+    Setting(True, 2.0, is_elevation_known=False),
+)
+SHOWN = Setting(False, 2.0), Setting(True, 2.0)
+"""Those on the sheet."""
+
+
+def sampled(net: ViewPrior, cases: Cases, setting: Setting, n_steps: int, chunk: int) -> Float[Tensor, "n v 4 h w"]:
+    """All views of all objects from noise, `chunk` objects at a time."""
+    device = cases.references.device
+    dtype = fast_precision(device)
+    cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    generator, parts = torch.Generator(device).manual_seed(0), []
+    for first in range(0, len(cases.references), chunk):
+        rows = slice(first, first + chunk)
+        ones = torch.ones_like(cases.reference_cameras[rows, 0])
+        facts = Reference(cases.reference_cameras[rows], ones * setting.is_elevation_known, ones, 0 * ones, 0 * ones)
+        prior = ConditionedPrior(net, cases.references[rows], facts, cast)
+        cameras = cases.cameras[rows].flatten(0, 1)
+        pictures = prior.sample(cameras, n_steps, setting.scale, generator, setting.is_joint)
+        parts.append(pictures.unflatten(0, cases.cameras[rows].shape[:2]))
+    return torch.cat(parts)
+
+
+def write_comparison(cases: Cases, kept: dict[str, Tensor], path: Path, n_shown: int) -> None:
+    """Of some objects three rows at elevation 30: the input and the true views, independent samples, joint samples."""
+    rows, n, half = [], len(cases.references), len(AZIMUTHS_DEG)
+    blank = -torch.ones_like(cases.references[:1])
+    for i in range(0, n, max(1, n // n_shown)):
+        rows.append(torch.cat([cases.references[i : i + 1], cases.truth[i, half:]]))
+        rows += [torch.cat([blank, kept[setting.name][i, half:]]) for setting in SHOWN]
+    write_sheet(rows, path, n_columns=3)
+
+
 def evaluate(options: argparse.Namespace) -> dict[str, object]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views, camera_rows, names = render_set(options.pool, options.objects)
-    rgba = torch.from_numpy(views).to(device).float().permute(0, 1, 4, 2, 3) / 255
-    pictures = torch.cat([rgba[:, :, :3] * rgba[:, :, 3:], rgba[:, :, 3:]], 2) * 2 - 1
-    cameras, n = torch.from_numpy(camera_rows).to(device), len(views)
-    truth, targets = pictures[:, 1:].flatten(0, 1), cameras[:, 1:].flatten(0, 1)
-    dtype = fast_precision(device)
-    cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    cases = Cases.of(views, camera_rows, device)
     net = load(options.weights).to(device).to(memory_format=torch.channels_last)
-    ones = torch.ones(n, device=device)
-    results: dict[str, object] = {"objects": n, "weights": str(options.weights), "steps": options.steps}
-    copied = pictures[:, :1].expand(-1, truth.shape[0] // n, -1, -1, -1).flatten(0, 1)
-    results["copy of the input"], results["truth"] = score(copied, truth, targets), score(truth, truth, targets)
+    results: dict[str, object] = {
+        "objects": len(names),
+        "weights": options.weights or "shipped",
+        "steps": options.steps,
+        "copy of the input": cases.scores(cases.references[:, None].expand_as(cases.truth)),
+        "truth": cases.scores(cases.truth),
+    }
     kept: dict[str, Tensor] = {}
-    for is_known in (True, False):
-        facts = Reference(cameras[:, 0], ones * is_known, ones, 0 * ones, 0 * ones)
-        prior = ConditionedPrior(net, pictures[:, 0], facts, cast)
-        for is_joint, scale in SETTINGS if is_known else ((True, 2.0),):
-            start, generator = time.time(), torch.Generator(device).manual_seed(0)
-            name = f"{'joint' if is_joint else 'independent'}, guidance {scale:g}{'' if is_known else ', elevation unknown'}"
-            kept[name] = prior.sample(targets, options.steps, scale, generator, is_joint)
-            results[name] = {**score(kept[name], truth, targets), "seconds": round(time.time() - start, 1)}
-            print(name, json.dumps(results[name]), flush=True)
-    start, joint = pictures[:, 0], kept["joint, guidance 2"].unflatten(0, (n, -1))
-    alone, true = kept["independent, guidance 2"].unflatten(0, (n, -1)), truth.unflatten(0, (n, -1))
-    rows = []
-    for i in range(0, n, max(1, n // options.shown)):
-        blank = -torch.ones_like(start[i : i + 1])
-        half = len(AZIMUTHS_DEG)
-        rows += [torch.cat([start[i : i + 1], true[i, half:]]), torch.cat([blank, alone[i, half:]])]
-        rows += [torch.cat([blank, joint[i, half:]])]
-    write_sheet(rows, options.out / "prior_sheet.png", n_columns=3)
+    for setting in SETTINGS:
+        start = time.time()
+        pictures = sampled(net, cases, setting, options.steps, options.chunk)
+        seconds = round(time.time() - start, 1)
+        results[setting.name] = {**cases.scores(pictures), "seconds": seconds}
+        if setting in SHOWN:
+            kept[setting.name] = pictures.cpu()
+        print(setting.name, json.dumps(results[setting.name]), flush=True)
+    on_cpu = Cases(*(getattr(cases, field.name).cpu() for field in fields(Cases)))
+    write_comparison(on_cpu, kept, options.out / "prior_sheet.png", options.shown)
     results["names"] = names
     return results
 
@@ -190,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--objects", type=int, default=0, help="only so many; 0 is all")
+    parser.add_argument("--chunk", type=int, default=8, help="objects sampled at once; fewer need less memory")
     parser.add_argument("--shown", type=int, default=30, help="objects on the sheet")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

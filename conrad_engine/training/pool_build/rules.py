@@ -240,14 +240,17 @@ def relatives(items: list[PackedObject]) -> np.ndarray:
 
 
 def split_off_validation(items: list[PackedObject]) -> None:
-    """Mark about `N_VALIDATION` objects as 'val': whole groups of relatives, small ones, spread over the categories."""
+    """Mark about `N_VALIDATION` objects, a tenth at most, as 'val'.
+
+    They are whole groups of relatives, small ones, spread over the categories.
+    """
     groups = defaultdict(list)
     for k, group in enumerate(relatives(items)):
         groups[group].append(k)
     small = [members for members in groups.values() if len(members) <= 3]
     rng = np.random.default_rng(11)
     rng.shuffle(small)
-    n_wanted = N_VALIDATION[items[0].source]
+    n_wanted = min(N_VALIDATION[items[0].source], max(1, len(items) // 10))
     sizes = Counter(item.category for item in items)
     quota = {category: max(1, round(n_wanted * count / len(items))) for category, count in sizes.items()}
     taken: Counter = Counter()
