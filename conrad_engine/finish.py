@@ -112,8 +112,10 @@ def surface_mesh(
     surface = full.views[0].surface[0, 0]
     distances = torch.where(surface.isfinite() & (surface > 0), surface, torch.nan)
     seen = SurfaceView(view.camera, view.mask[0].numpy(), distances.cpu().numpy())
-    extracted = extract_mesh(full.density, full.aabb, config, [seen])
-    return clean_mesh(extracted.mesh, config), extracted.level
+    # The shell of an inferred surface is a blocky skin, there for its color; `extract_mesh` closes the outline itself.
+    density = full.density if full.config.kind == "known_depth" else full.field.density
+    extracted = extract_mesh(density, full.aabb, config, [seen])
+    return clean_mesh(extracted.mesh, config, [seen]), extracted.level
 
 
 def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config: MeshConfig) -> TexturedMesh:

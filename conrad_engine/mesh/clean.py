@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import fast_simplification
 import numpy as np
 from jaxtyping import Int
@@ -11,6 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from ..config import MeshConfig
 from ..errors import MeshError
 from .mesh import Mesh
+from .outline import SurfaceView, fit_outline
 
 DUST_FACES, DUST_DIAGONAL = 0.01, 0.05
 """Parts with a smaller share of the faces or of the diagonal are dust."""
@@ -19,8 +22,11 @@ TAUBIN_IN, TAUBIN_OUT = 0.5, -0.53
 """Taubin (SIGGRAPH 95): a shrinking and a growing step remove stair-steps without shrinking the whole."""
 
 
-def clean_mesh(mesh: Mesh, config: MeshConfig) -> Mesh:
+def clean_mesh(mesh: Mesh, config: MeshConfig, views: Sequence[SurfaceView] = ()) -> Mesh:
     """Parts chosen, stair-steps smoothed, decimated to the budget, degenerate faces dropped.
+
+    Args:
+        views: Pictures whose silhouettes the outline is fitted to at the end.
 
     Raises:
         MeshError: Nothing is left.
@@ -32,7 +38,7 @@ def clean_mesh(mesh: Mesh, config: MeshConfig) -> Mesh:
     mesh = keep_components(mesh, config.max_components)
     if len(mesh.faces) < 4:
         raise MeshError("nothing is left of the surface after cleaning; try another seed or mesh.max_components=0")
-    return mesh
+    return fit_outline(mesh, list(views))
 
 
 def weld(mesh: Mesh) -> Mesh:

@@ -1,59 +1,63 @@
 """From a density field to a surface: marching cubes on a level set that respects the pictures' outlines.
 
-The field knows the surface to about one of its own cells. The picture knows the outline to a fraction of a pixel. So the level
-set is f = min(max(field, sheet), hull), each a signed distance in world units, positive inside:
+The field knows the surface to about one of its own cells. The picture knows the outline to a fraction of a pixel. So a signed
+distance to the surface of one density, positive inside, is changed in three steps:
 
-- field: log density against the level, in cells; zero where density equals the level.
-- hull: how far a point lies inside the silhouette of every picture (the exact visual hull).
-- sheet: where the field at this level leaves a part of the silhouette open (a thin leg that is weaker than the level), a thin
-  skin at the distance that the picture's rays met there.
+- parts of a silhouette that the surface misses (a thin leg weaker than the level) get a body where their rays met the field;
+- near the outline the surface moves outward or inward until its silhouette is the mask's;
+- what still stands out of a silhouette's cone (the visual hull) is cut off.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import mcubes
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter, label
+from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter, label, maximum_filter, median_filter
 from torch import Tensor
 
 from ..cameras import Camera
 from ..config import MeshConfig
 from ..errors import MeshError
 from .mesh import Mesh
+from .outline import (
+    REACH_CELLS,
+    SurfaceView,
+    continued,
+    hull_distances,
+    lookup,
+    outline_correction,
+    outline_distances,
+    resized_nearest,
+    silhouette,
+    surface_distances,
+)
 from .raster import rasterize
 
 log = logging.getLogger(__name__)
 
 COARSE_CELLS = 40
-LEVELS = (4.0, 8.0, 15.0, 25.0, 40.0)
+LEVELS = (2.0, 4.0, 7.0, 11.0, 16.0, 22.0, 30.0, 42.0)
 """Densities tried as the surface, per world unit."""
-SILHOUETTE = 256
+LEVEL_TOLERANCE = 0.005
+"""Silhouette IoU under the best one's that still counts as equal."""
+BLIND_LEVEL = 16.0
+"""The one taken where no picture says which is right."""
+SILHOUETTE = 512
 """Pixels along the longer side of the silhouettes that are compared."""
-RIM_PX = 2
+N_OUTLINE_ROUNDS = 2
+"""Times that the outline is bent towards the masks; the second one corrects what perspective and overlaps left."""
+RIM_PX = 8
 """A gap no wider than this, at `SILHOUETTE`, is the outline's error and no missing part."""
 CHUNK = 1 << 20
-SHEET_CELLS = 1.0
-"""Half thickness of the sheet in cells: marching cubes still sees it."""
+SHEET_CELLS, MAX_BODY_CELLS = 1.2, 5.0
+"""Half thickness, in cells, of what fills missing parts: marching cubes still sees the least one."""
 NO_SURFACE = "the field has no surface: the optimisation found nothing solid; try more steps or another seed"
-
-
-@dataclass(frozen=True)
-class SurfaceView:
-    """What one picture says of the surface."""
-
-    camera: Camera
-    """Object frame, with the pixels of `mask`."""
-    mask: Float[np.ndarray, "height width"]
-    """Soft alpha in [0, 1]."""
-    distances: Float[np.ndarray, "h w"]
-    """Ray distance at which the field's surface was met, any resolution; nan where it was not."""
 
 
 @dataclass(frozen=True)
@@ -110,123 +114,144 @@ def extract_mesh(
     """
     device = aabb.device
     with torch.no_grad():
-        grid = _tight_grid(lambda p: density(p.to(device)), aabb.cpu().numpy(), config.resolution)
+        grid = _tight_grid(lambda p: density(p.to(device)), aabb.cpu().numpy(), config.resolution, views)
         densities = grid.evaluate(lambda p: density(p.to(device)))
-        hull = np.minimum.reduce([grid.evaluate(_hull(view)) for view in views]) if views else None
-    levels = [config.level] if config.level > 0 else [value for value in LEVELS if value < densities.max()]
-    if not levels or densities.max() <= levels[0]:
+    level = config.level if config.level > 0 else _best_level(grid, densities, views)
+    values = surface_distances(_level_set(densities, level, grid.cell), grid.cell)
+    for view in views:
+        weaker = (_level_set(densities, lower, grid.cell) for lower in reversed(LEVELS) if lower < level)
+        values = _with_missing_parts(values, weaker, grid, view)
+    for _ in range(N_OUTLINE_ROUNDS if views else 0):
+        values = values + np.sum(
+            [grid.evaluate(outline_correction(grid.surface(values), view, SILHOUETTE, grid.cell)) for view in views],
+            axis=0,
+        )
+        for view in views:  # where an outline came in from two sides it may have opened a hole
+            values = _with_missing_parts(values, [], grid, view)
+    for view in views:
+        values = np.minimum(values, grid.evaluate(hull_distances(view.mask, view.camera)))
+    mesh = grid.surface(values)
+    if not len(mesh.faces):
         raise MeshError(NO_SURFACE)
-    level_sets = [_level_set(densities, level, grid.cell, hull) for level in levels]
-    meshes = [grid.surface(values) for values in level_sets]
-    scores = [_silhouette_iou(mesh, views[0]) if views else -abs(level - 15) for mesh, level in zip(meshes, levels)]
-    best = int(np.argmax(scores))
+    return Extracted(mesh, level)
+
+
+def _best_level(grid: _Grid, densities: np.ndarray, views: list[SurfaceView]) -> float:
+    """The level whose silhouette, not yet cut by any mask, is like the first view's mask.
+
+    A low level is too fat: the masks would hide that from their own cameras, and leave flat sides along their rays. A high
+    one breaks thin parts, so of nearly equal levels the lowest is taken.
+    """
+    levels = [level for level in LEVELS if level < densities.max()]
+    if not levels:
+        raise MeshError(NO_SURFACE)
+    if not views:
+        return min(levels, key=lambda level: abs(level - BLIND_LEVEL))
+    meshes = (grid.surface(_level_set(densities, level, grid.cell)) for level in levels)
+    scores = [_silhouette_iou(mesh, views[0]) for mesh in meshes]
     log.info("surface levels %s match the silhouette by %s", levels, [round(score, 3) for score in scores])
-    sheets = [_sheet(view, meshes[best], grid.cell) for view in views]
-    if any(sheet is not None for sheet in sheets):
-        skin = np.maximum.reduce([grid.evaluate(sheet) for sheet in sheets if sheet is not None])
-        covered = np.minimum(np.maximum(level_sets[best], skin), hull)
-        return Extracted(grid.surface(covered), levels[best])
-    if not len(meshes[best].faces):
-        raise MeshError(NO_SURFACE)
-    return Extracted(meshes[best], levels[best])
+    return next(level for level, score in zip(levels, scores) if score >= max(scores) - LEVEL_TOLERANCE)
 
 
-def _tight_grid(density: Callable[[Tensor], Tensor], aabb: np.ndarray, n_cells: int) -> _Grid:
-    """A grid around everything that could be surface."""
+def _tight_grid(density: Callable[[Tensor], Tensor], aabb: np.ndarray, n_cells: int, views: list[SurfaceView]) -> _Grid:
+    """A grid around everything that could be surface, or that a silhouette says must be."""
     coarse = _grid_over(aabb[0], aabb[1], COARSE_CELLS)
     occupied = np.argwhere(coarse.evaluate(density) > LEVELS[0] / 4)
     if not len(occupied):
         raise MeshError(NO_SURFACE)
-    low = coarse.low + (occupied.min(0) - 1) * coarse.cell
-    high = coarse.low + (occupied.max(0) + 1) * coarse.cell
+    points = np.concatenate([coarse.low + occupied * coarse.cell, *(_met_points(view) for view in views)])
+    low, high = points.min(0) - coarse.cell, points.max(0) + coarse.cell
     return _grid_over(np.maximum(low, aabb[0]), np.minimum(high, aabb[1]), n_cells)
 
 
-def _level_set(densities: np.ndarray, level: float, cell: float, hull: np.ndarray | None) -> np.ndarray:
-    """Signed distances of one level, roughly; positive inside."""
+def _met_points(view: SurfaceView) -> np.ndarray:
+    """World points (n, 3) on the rays of the mask, where the field's surface was met there or nearby."""
+    camera, mask = view.resized(max(view.distances.shape))
+    origins, directions = camera.to("cpu", torch.float32).rays()
+    distances = torch.from_numpy(_filled(resized_nearest(view.distances, mask.shape), mask)).flatten()[:, None]
+    return (origins + distances * directions).numpy()[(mask.ravel() > 0.5) & np.isfinite(view.distances).any()]
+
+
+def _level_set(densities: np.ndarray, level: float, cell: float) -> np.ndarray:
+    """Positive where the density is above the level, about linear near its surface."""
     # The logarithm of a softplus blob is about linear near its surface; two cells either way are enough.
     values = np.clip(np.log(np.maximum(densities, 1e-4) / level), -2, 2) * cell
-    values = gaussian_filter(values, 0.7)
-    if hull is not None:
-        values = np.minimum(values, hull)
-    return values.astype(np.float32)
-
-
-def _silhouette(mesh: Mesh, view: SurfaceView) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels that the mesh covers, and the mask, both at `SILHOUETTE` pixels."""
-    scale = SILHOUETTE / max(view.mask.shape)
-    camera = view.camera.resized(*(max(1, round(side * scale)) for side in (view.camera.width, view.camera.height)))
-    covered = rasterize(mesh.vertices, mesh.faces, camera).faces >= 0
-    return covered, _resized_mask(view.mask, covered.shape) > 0.5
+    return gaussian_filter(values, 0.7).astype(np.float32)
 
 
 def _silhouette_iou(mesh: Mesh, view: SurfaceView) -> float:
-    covered, mask = _silhouette(mesh, view)
+    covered, soft = silhouette(mesh, view, SILHOUETTE)
+    mask = soft > 0.5
     return float((covered & mask).sum() / max((covered | mask).sum(), 1))
 
 
-def _lookup(
-    values: np.ndarray, camera: Camera, positions: Tensor, mode: str = "bilinear"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values of a map that covers the camera's picture at projected positions, their z-depths, and which lie inside."""
-    uv, z_depths = camera.to("cpu", torch.float32).project(positions)
-    unit = uv / torch.tensor([camera.width, camera.height]) * 2 - 1
-    table = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None, None]
-    found = F.grid_sample(table, unit[None, None], mode=mode, padding_mode="border", align_corners=False)[0, 0, 0]
-    return found, z_depths, (unit.abs() <= 1).all(-1) & (z_depths > 0)
+def _with_missing_parts(values: np.ndarray, weaker: Iterable[np.ndarray], grid: _Grid, view: SurfaceView) -> np.ndarray:
+    """The level set united, over every part of the silhouette that it leaves open, with the first that closes it.
+
+    Args:
+        weaker: Level sets of ever lower densities; when none is left, a body takes their place.
+    """
+    camera, soft = view.resized(SILHOUETTE)
+    for candidate in [*weaker, None]:
+        mesh = grid.surface(values)
+        front = rasterize(mesh.vertices, mesh.faces, camera).z_depths
+        open_part = _open_part(front > 0, soft > 0.5)
+        if not open_part.any():
+            break
+        log.info("the surface leaves %.1f %% of a silhouette open", 100 * open_part.sum() / (soft > 0.5).sum())
+        if candidate is None:
+            part = grid.evaluate(_body(view, front, soft, camera, grid.cell))
+        else:
+            part = surface_distances(candidate, grid.cell)
+        window = grid.evaluate(hull_distances(open_part.astype(np.float32), camera))
+        values = np.maximum(values, np.minimum(part, window))
+    return values
 
 
-def _hull(view: SurfaceView) -> Callable[[Tensor], Tensor]:
-    """Signed distance inside the silhouette's cone, world units; open where the object leaves the picture."""
-    inside = view.mask > 0.5
-    # Distances run to pixel centers; half a pixel less reaches the outline, and soft alpha says where inside the pixel.
-    pixels = np.where(inside, distance_transform_edt(inside) - 0.5, 0.5 - distance_transform_edt(~inside))
-    rim = np.abs(pixels) < 1
-    pixels = np.where(rim, view.mask - 0.5, pixels).astype(np.float32)
-    focal = float(view.camera.intrinsics[:2].mean())
-
-    def evaluate(positions: Tensor) -> Tensor:
-        found, z_depths, _ = _lookup(pixels, view.camera, positions)
-        return torch.where(z_depths > 0, found * z_depths / focal, 1.0)
-
-    return evaluate
-
-
-def _sheet(view: SurfaceView, mesh: Mesh, cell: float) -> Callable[[Tensor], Tensor] | None:
-    """Signed distance inside a skin over what the mesh leaves open of the silhouette; None if that is only the rim."""
-    covered, mask = _silhouette(mesh, view)
+def _open_part(covered: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Pixels of the mask's parts that the surface misses, with a margin to join them to it; a mere rim is none."""
+    if not covered.any():
+        return binary_dilation(mask, iterations=RIM_PX)
     parts, _ = label(mask & ~covered)
-    # A gap counts where it is farther from the mesh than a rim's width; then all of it counts, and a margin to join it.
-    wide = (
-        np.unique(parts[(parts > 0) & (distance_transform_edt(~covered) > RIM_PX)])
-        if covered.any()
-        else np.unique(parts)
-    )
-    open_part = np.isin(parts, wide[wide > 0])
-    if not open_part.any():
-        return None
-    open_part = binary_dilation(open_part, iterations=RIM_PX)
-    distances = _filled(view.distances, _resized_mask(view.mask, view.distances.shape))
+    far_out, deep = distance_transform_edt(~covered), distance_transform_edt(mask)
+    wide = np.unique(parts[(parts > 0) & ((far_out > RIM_PX) | (deep > RIM_PX))])
+    missing = np.isin(parts, wide)
+    return binary_dilation(missing, iterations=RIM_PX) if len(wide) else missing
+
+
+def _body(
+    view: SurfaceView, front: np.ndarray, soft: np.ndarray, camera: Camera, cell: float
+) -> Callable[[Tensor], Tensor]:
+    """Signed distance inside a body as thick as its silhouette is wide, up to a slab, that grows out of the surface.
+
+    Args:
+        front: z-depths of the surface so far, 0 where it is open.
+        soft: The mask, with the pixels of `camera`.
+    """
+    camera = camera.to("cpu", torch.float32)
+    along_axis = (camera.rays()[1] @ camera.forward).view(soft.shape).numpy()
+    known = (front > 0) & (soft > 0.5)
+    met = _filled(resized_nearest(view.distances, soft.shape), soft)
+    size = float(np.median(met)) / float(camera.intrinsics[0])
+    inside = np.maximum(outline_distances(soft), 0) * size
+    half_width = maximum_filter(inside, 2 * int(np.ceil(MAX_BODY_CELLS * cell / size)) + 1)
+    half_width = np.clip(half_width, SHEET_CELLS * cell, MAX_BODY_CELLS * cell)
+    middle = continued(np.where(known, front / along_axis + half_width, np.nan), soft > 0.5, met)
 
     def evaluate(positions: Tensor) -> Tensor:
-        surface, _, is_seen = _lookup(distances, view.camera, positions, mode="nearest")
-        is_open, _, _ = _lookup(open_part, view.camera, positions, mode="nearest")
-        behind = view.camera.to("cpu", torch.float32).distances(positions) - surface
-        inside = SHEET_CELLS * cell - behind.abs()
-        return torch.where(is_seen & (is_open > 0.5), inside, -2 * cell)
+        center, z_depths = lookup(middle, camera, positions)
+        half, _ = lookup(half_width, camera, positions)
+        from_rim, _ = lookup(inside, camera, positions)
+        signed = half - torch.hypot(camera.distances(positions) - center, (half - from_rim).clamp(min=0))
+        return torch.where(z_depths > 0, signed, -REACH_CELLS * cell)
 
     return evaluate
-
-
-def _resized_mask(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    table = torch.from_numpy(np.ascontiguousarray(mask, np.float32))[None, None]
-    return F.interpolate(table, tuple(shape), mode="area")[0, 0].numpy()
 
 
 def _filled(distances: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Every pixel's distance; those without one take the nearest pixel's of the object."""
+    """Every pixel's distance, without outliers; those without one take the nearest pixel's of the object."""
     known = np.isfinite(distances) & (mask > 0.3)
     if not known.any():
         return np.full(distances.shape, 1e6, np.float32)
-    rows, columns = distance_transform_edt(~known, return_distances=False, return_indices=True)
-    return distances[rows, columns].astype(np.float32)
+    nearest = distance_transform_edt(~known, return_distances=False, return_indices=True)
+    return median_filter(distances[tuple(nearest)], 3).astype(np.float32)

@@ -12,6 +12,9 @@ from ..config import MeshConfig
 from ..errors import MeshError
 from .mesh import Mesh, vertex_normals
 
+MIN_CHARTS = 40
+"""No chart takes more than this part of the surface."""
+
 
 @dataclass(frozen=True)
 class UnwrappedMesh:
@@ -37,7 +40,9 @@ def unwrap(mesh: Mesh, config: MeshConfig) -> UnwrappedMesh:
     atlas.add_mesh(mesh.vertices, mesh.faces.astype(np.uint32), normals)
     charts = xatlas.ChartOptions()
     charts.max_iterations = 1
-    charts.max_cost = 4.0  # fewer and larger charts than the default of 2: fewer seams, and much faster
+    charts.max_cost = 4.0  # fewer and larger charts than the default of 2: fewer seams
+    # The time of growing a chart rises faster than its size.
+    charts.max_chart_area = _area(mesh) / MIN_CHARTS
     pack = xatlas.PackOptions()
     pack.resolution = config.texture_size
     pack.padding = config.padding_px // 2
@@ -50,3 +55,10 @@ def unwrap(mesh: Mesh, config: MeshConfig) -> UnwrappedMesh:
     # xatlas has v downward as pictures do.
     uvs = np.stack([uvs[:, 0], 1 - uvs[:, 1]], 1)
     return UnwrappedMesh(mesh.vertices[source], faces.astype(np.int32), uvs.astype(np.float32), normals[source])
+
+
+def _area(mesh: Mesh) -> float:
+    corners = mesh.vertices[mesh.faces].astype(np.float64)
+    return float(
+        np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).sum() / 2
+    )
