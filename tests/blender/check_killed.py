@@ -22,7 +22,7 @@ def run() -> None:
     if sys.argv[4] == "die":
         bpy.context.scene.conrad.image = painted("pot")
         bpy.ops.conrad.add_camera()
-        job = submit("pot")
+        job = submit("slow pot")
         print("submitted", job.id, flush=True)
         end = time.monotonic() + float(sys.argv[5])
         while time.monotonic() < end:
