@@ -193,6 +193,7 @@ def convert(
     bar.update(len(entries) - len(todo))
     write_manifest(out, entries)
     running: set[str] = set()
+    shown = ""
     try:
         while todo or running:
             while todo and runner.n_free():
@@ -213,7 +214,8 @@ def convert(
                     todo.append(outcome.name)
                 else:
                     bar.update(1)
-            bar.set_postfix_str(", ".join(sorted(running))[:60])
+            if shown != (shown := ", ".join(sorted(running))[:60]):
+                bar.set_postfix_str(shown)
     finally:
         write_report(out, folder, entries)
     return entries

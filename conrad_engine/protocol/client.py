@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ class EngineClient:
         self._unanswered: dict[int, Any] = {}
         self._listed: set[str] | None = None
         self._next_request = 1
-        self._is_welcome = self._is_refused = self._is_closed = False
+        self._is_welcome = self._is_refused = False
         self._heard_s = self._pinged_s = time.monotonic()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -86,6 +87,8 @@ class EngineClient:
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         self._monitor = self._socket.get_monitor_socket(_REFUSALS)
+        # Sockets first, then their context, also when nobody calls `close`: in the other order the process would hang.
+        self._let_go = weakref.finalize(self, _let_go, self._socket, self._monitor, self._context)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -208,18 +211,17 @@ class EngineClient:
 
     def close(self) -> None:
         """Let go of the connection at once; nothing is waited for."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
-            self._socket.close(linger=0)
-            self._context.term()
+        self._let_go()
 
     def __enter__(self) -> EngineClient:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def _is_closed(self) -> bool:
+        return not self._let_go.alive
 
     def _secure(self, token: str, keys: CurveKeys | None) -> None:
         if keys is None:
@@ -316,6 +318,13 @@ class EngineClient:
                 raise EngineUnavailable("the engine refused the connection: token, key or version do not fit")
             if end_s is not None and time.monotonic() > end_s:
                 raise EngineUnavailable(f"the engine has not answered within {timeout_s:g} s")
+
+
+def _let_go(socket: zmq.Socket, monitor: zmq.Socket, context: zmq.Context) -> None:
+    socket.disable_monitor()
+    monitor.close(linger=0)
+    socket.close(linger=0)
+    context.term()
 
 
 def _newest_only(messages: list[Any]) -> list[Any]:
