@@ -243,7 +243,13 @@ def _show(state: State, view: ReferenceView, frame: Frame, config: PipelineConfi
     camera: Camera | None = monitor.preview_camera()
     if camera is None:
         return
-    seen = frame.to_world.inverse().camera(camera).to(state.field.aabb.device, torch.float32)
+    # Without a camera file the world is that of the finished mesh: largest side 1, see `final_similarity`.
+    to_object = (
+        frame.to_world.inverse()
+        if frame.has_camera
+        else Similarity(REFERENCE_EXTENT, torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    )
+    seen = to_object.camera(camera).to(state.field.aabb.device, torch.float32)
     state.field.prepare()
     picture = render_picture(
         state.constrained, seen, PREVIEW_SAMPLES, state.occupancy, config.render.max_points, config.render.early_stop
