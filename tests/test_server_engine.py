@@ -68,7 +68,7 @@ def engine(tmp_path_factory):
 @pytest.fixture
 def client(engine):
     with engine.client() as client:
-        until(client, lambda: client.state == "ready")
+        until(client, lambda: client.state == "ready" and client.status)
         yield client
 
 
@@ -206,6 +206,8 @@ def test_pixels_masks_depth_and_start_mesh_arrive(client, engine):
         ({"priority": 1000}, "between -100 and 100"),
         ({"c2w": (1.0,)}, "16 numbers of c2w"),
         ({"c2w": (1.0,) * 16, "intrinsics": (0.0,) * 4, "width": 4, "height": 4}, "positive focal lengths"),
+        ({"c2w": (2.0,) * 16, "intrinsics": (1.0,) * 4, "width": 4, "height": 4}, "must be a rotation"),
+        ({"overrides": {f"x{n}": "y" * 1000 for n in range(30)}}, "more than 16000 characters"),
         ({"object_size": -1.0}, "object_size must be positive"),
         ({"depth_kind": "deep"}, "relative or metric"),
         ({"init_faces": Array("<i4", (1, 3), bytes(12))}, "init_vertices together with init_faces"),

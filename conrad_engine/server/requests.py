@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -20,6 +21,8 @@ OWN_SETTINGS = ("preset", "guidance", "device", "threads")
 """Settings that are not overrides: they have a field of their own, or are the engine's."""
 
 MAX_PICTURE_BYTES = 64 * 1024 * 1024
+MAX_OVERRIDES = 16_000
+"""Characters; what a job carries must fit into one message header together."""
 MAX_PIXELS = 100_000_000
 MAX_MESH_ELEMENTS = 5_000_000
 
@@ -38,6 +41,8 @@ def settings_of(submit: Submit) -> dict:
     if not submit.c2w and "picture.elevation_deg" not in overrides:
         # Nobody has said how high the camera stands: the preset's elevation is only a guess.
         overrides.setdefault("picture.is_elevation_known", False)
+    if len(json.dumps(overrides)) > MAX_OVERRIDES:
+        raise InputError(f"the overrides have more than {MAX_OVERRIDES} characters")
     settings = {
         "preset": submit.preset,
         "guidance": submit.guidance,
@@ -106,7 +111,7 @@ def continue_changes(n_steps: int, settings: dict) -> dict:
 
 
 def check_view(c2w: tuple[float, ...], intrinsics: tuple[float, ...], width: int, height: int, max_side: int) -> None:
-    """A camera on the wire has the right number of sensible numbers; whether it is a rotation is the worker's check.
+    """A camera on the wire has the right number of sensible numbers; whether the object is before it is the worker's check.
 
     Raises:
         InputError: It has not.
@@ -119,6 +124,8 @@ def check_view(c2w: tuple[float, ...], intrinsics: tuple[float, ...], width: int
         raise InputError("a camera's numbers must be finite")
     if min(intrinsics[:2]) <= 0 or not (1 <= width <= max_side and 1 <= height <= max_side):
         raise InputError(f"a camera needs positive focal lengths and a size of 1 to {max_side} pixels")
+    if not _is_rotation([c2w[0:3], c2w[4:7], c2w[8:11]]):
+        raise InputError("a camera's c2w must be a rotation and a position, without scale or mirroring")
 
 
 def _resolved(settings: dict) -> dict:
@@ -129,6 +136,14 @@ def _resolved(settings: dict) -> dict:
         "texture_size": config.mesh.texture_size,
         "n_faces": config.mesh.n_faces,
     }
+
+
+def _is_rotation(rows: list[tuple[float, ...]]) -> bool:
+    """Whether the rows are orthonormal and right-handed."""
+    (a, b, c), (d, e, f), (g, h, i) = rows
+    products = [sum(x * y for x, y in zip(rows[m], rows[n])) - (m == n) for m in range(3) for n in range(m, 3)]
+    determinant = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+    return all(abs(product) < 2e-3 for product in products) and determinant > 0
 
 
 def _check_identity(submit: Submit) -> None:

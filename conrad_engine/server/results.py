@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from ..protocol import ARRAYS, MAX_FRAME_BYTES, RESULT_FILES
-from ..protocol.messages import MAX_ITEMS, MAX_TEXT, Table
+from ..protocol.messages import Table
 from .store import ARRAY_FIELDS
 
 DTYPES = {"vertices": "<f4", "faces": "<i4", "uvs": "<f4", "normals": "<f4", "texture": "u1"}
+MAX_METRICS = 128
+"""They travel with every state of a job."""
 
 
 def write_result(job_folder: Path, number: int, mesh: Any, files: Path, metrics: Table) -> tuple[str, ...]:
@@ -60,7 +62,7 @@ def flat_metrics(metrics: dict, prefix: str = "") -> Table:
         if isinstance(value, dict):
             flat.update(flat_metrics(value, f"{prefix}{name}."))
         elif isinstance(value, (bool, int, str)):
-            flat[f"{prefix}{name}"] = value[:MAX_TEXT] if isinstance(value, str) else value
+            flat[f"{prefix}{name}"[:100]] = value[:200] if isinstance(value, str) else value
         elif isinstance(value, (float, np.floating, np.integer)) and math.isfinite(value):
-            flat[f"{prefix}{name}"] = float(value)
-    return dict(list(flat.items())[:MAX_ITEMS])
+            flat[f"{prefix}{name}"[:100]] = float(value)
+    return dict(list(flat.items())[:MAX_METRICS])

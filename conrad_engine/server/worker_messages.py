@@ -34,8 +34,6 @@ class WorkerReady:
 class WorkerBeat:
     """The worker's process is alive, whatever its job does."""
 
-    free_memory_bytes: int = 0
-
 
 @dataclass(frozen=True)
 class WorkerPreview:
