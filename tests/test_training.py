@@ -86,6 +86,24 @@ def textured_mesh(rng: np.random.Generator, n_faces: int = 60) -> Mesh:
     )
 
 
+def in_order_of_use(mesh: PoolMesh) -> PoolMesh:
+    """The same with faces sorted by material and vertices numbered as the pool file needs them, box side 1."""
+    by_material = np.argsort(mesh.face_materials, kind="stable")
+    flat = mesh.faces[by_material].ravel()
+    used, first = np.unique(flat, return_index=True)
+    old = used[np.argsort(first)]
+    new = np.zeros(len(mesh.vertices), np.int32)
+    new[old] = np.arange(len(old))
+    vertices = mesh.vertices[old] / np.ptp(mesh.vertices[old], axis=0).max()
+    return replace(
+        mesh,
+        vertices=vertices - (vertices.min(0) + vertices.max(0)) / 2,
+        uvs=mesh.uvs[old],
+        faces=new[flat].reshape(-1, 3),
+        face_materials=mesh.face_materials[by_material],
+    )
+
+
 def packed(mesh: PoolMesh, key: str, source: str, split: str) -> PackedObject:
     return PackedObject(
         source=source,
@@ -113,9 +131,7 @@ def pool_folder(tmp_path_factory) -> Path:
     for source in ("sweethome3d", "0ad"):
         meshes = [boxes(), random_shape(rng), random_shape(rng)]
         items = []
-        for k, mesh in enumerate(meshes):
-            scaled = mesh.vertices / np.ptp(mesh.vertices, axis=0).max()
-            mesh = replace(mesh, vertices=scaled - (scaled.min(0) + scaled.max(0)) / 2)
+        for k, mesh in enumerate(map(in_order_of_use, meshes)):
             items.append(packed(mesh, f"{source}_{k}", source, "val" if k == 2 else "train"))
         write_pool(folder / f"pool_{source}.npz", source, items)
     return folder
@@ -163,6 +179,27 @@ def test_a_damaged_pool_file_is_named(tmp_path):
         Pool(path)
 
 
+def test_meshes_in_another_order_are_not_packed():
+    mesh = in_order_of_use(boxes())
+    with pytest.raises(ValueError, match="in order of first use"):
+        encode_geometry(replace(mesh, faces=mesh.faces[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"faces": np.array([[0, 1, 99]], np.int32), "face_materials": np.zeros(1, np.int32)}, "faces go from 0 to 99"),
+        ({"face_materials": np.full(36, 3, np.int32)}, "face_materials go from 3 to 3, allowed is 0 to 2"),
+        ({"material_texture": np.zeros(3, np.int32)}, "material_texture go from 0 to 0, allowed is -1 to -1"),
+        ({"face_materials": np.zeros(2, np.int32)}, "differ in number"),
+        ({"vertices": np.full((24, 3), np.nan, np.float32)}, "not finite"),
+    ],
+)
+def test_the_rasterizer_refuses_what_it_could_not_read(change, message):
+    with pytest.raises(ValueError, match=message):
+        raster.Rasterizer(replace(boxes(), **change))
+
+
 # Sources
 
 
@@ -187,7 +224,7 @@ def test_sources_are_selected_by_color_or_name():
 
 
 def test_a_reserved_pool_under_another_name_is_refused(tmp_path):
-    write_pool(tmp_path / "pool_0ad.npz", "libero", [packed(boxes(), "a", "libero", "train")])
+    write_pool(tmp_path / "pool_0ad.npz", "libero", [packed(in_order_of_use(boxes()), "a", "libero", "train")])
     with pytest.raises(InputError, match="holds objects of 'libero', not of '0ad'"):
         views.open_pools(tmp_path, ("0ad",), "train")
 

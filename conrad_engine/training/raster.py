@@ -175,12 +175,34 @@ def _pointer(array: np.ndarray | None) -> ctypes.c_void_p | None:
     return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
 
 
+def _check(mesh: PoolMesh) -> None:
+    """Refuse what would make the C code read outside of its arrays."""
+    limits = {
+        "faces": (mesh.faces, 0, len(mesh.vertices)),
+        "face_materials": (mesh.face_materials, 0, len(mesh.material_rgba)),
+        "material_texture": (mesh.material_texture, -1, len(mesh.textures)),
+    }
+    for name, (values, low, end) in limits.items():
+        if len(values) and (values.min() < low or values.max() >= end):
+            raise ValueError(f"{name} go from {values.min()} to {values.max()}, allowed is {low} to {end - 1}")
+    if len(mesh.face_materials) != len(mesh.faces) or len(mesh.uvs) != len(mesh.vertices):
+        raise ValueError("faces and their materials, or vertices and their uvs, differ in number")
+    if not (np.isfinite(mesh.vertices).all() and np.isfinite(mesh.uvs).all()):
+        raise ValueError("a vertex or uv is not finite")
+
+
 class Rasterizer:
     """A mesh made ready for many renders; building one costs a few milliseconds, so render all its views at once."""
 
     _library: ctypes.CDLL | None = None
 
     def __init__(self, mesh: PoolMesh) -> None:
+        """Prepare a mesh.
+
+        Raises:
+            ValueError: An index is out of range, or a number is not finite.
+        """
+        _check(mesh)
         if Rasterizer._library is None:
             Rasterizer._library = ctypes.CDLL(str(compiled_library()))
         self.vertices = np.ascontiguousarray(mesh.vertices, np.float32)

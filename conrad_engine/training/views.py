@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import multiprocessing.pool
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -291,10 +292,8 @@ def open_pools(folder: Path, sources: tuple[str, ...], split: str) -> list[tuple
     return objects
 
 
-def render_round(
-    out: Path, objects: list[tuple[str, int]], round_index: int, is_train: bool, workers: multiprocessing.pool.Pool
-) -> None:
-    """Render one round and mark it as done."""
+def render_round(out: Path, objects: list[tuple[str, int]], round_index: int, is_train: bool, mapped: Callable) -> None:
+    """Render one round and mark it as done; `mapped` is `map` or another processes' likeness of it."""
     start, shape = time.time(), (len(objects), N_GROUPS, N_VIEWS)
     for name, full_shape, kind in (
         ("views", (*shape, SIZE, SIZE, 4), np.uint8),
@@ -305,7 +304,7 @@ def render_round(
     tasks = [Task(row, *item, round_index, str(out), is_train) for row, item in enumerate(objects)]
     # Heavy objects are spread over the round by a fixed shuffle.
     tasks = [tasks[i] for i in np.random.default_rng(0).permutation(len(tasks))]
-    faults = [fault for fault in workers.imap_unordered(render_object, tasks, chunksize=4) if fault]
+    faults = [fault for fault in mapped(render_object, tasks) if fault]
     (out / f"done_{round_index}").write_text(f"{len(objects)} {time.time() - start:.1f}\n")
     n_views = len(objects) * N_GROUPS * N_VIEWS
     print(
@@ -331,10 +330,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.most:
         objects = objects[:: max(1, len(objects) // options.most)][: options.most]
     np.save(options.out / "sources.npy", np.array([SOURCES.index(source) for source, _ in objects]))
+    is_train = options.split == "train"
+    if options.processes == 1:  # in this process: no fork, which other libraries' threads would not survive
+        for round_index in range(options.rounds):
+            render_round(options.out, objects, round_index, is_train, map)
+        return
     # Forked workers share the opened pools.
     with multiprocessing.get_context("fork").Pool(options.processes) as workers:
         for round_index in range(options.rounds):
-            render_round(options.out, objects, round_index, options.split == "train", workers)
+            render_round(options.out, objects, round_index, is_train, partial(workers.imap_unordered, chunksize=4))
 
 
 if __name__ == "__main__":

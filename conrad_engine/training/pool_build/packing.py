@@ -101,13 +101,19 @@ def _delta_planes(columns: np.ndarray) -> bytes:
 
 
 def encode_geometry(mesh: PoolMesh) -> bytes:
-    """One compressed block; see `pool.decode_geometry` for the layout."""
+    """One compressed block; see `pool.decode_geometry` for the layout.
+
+    Raises:
+        ValueError: The mesh is not as `index_mesh` makes it: vertices in order of first use, faces sorted by material.
+    """
     positions = np.round((mesh.vertices.astype(np.float64) + 0.5) * POSITION_STEPS).astype(np.int64)
     largest = float(np.abs(mesh.uvs).max(initial=0))
     uv_exponent = max(FINEST_UV_EXPONENT, int(np.ceil(np.log2(max(largest, 1e-9) / 32767))))
     uvs = np.round(mesh.uvs * 2.0**-uv_exponent).astype(np.int64)
     flat = mesh.faces.ravel().astype(np.int64)
     next_unused = np.maximum.accumulate(np.concatenate([[-1], flat]))[:-1] + 1
+    if (next_unused < flat).any() or (np.diff(mesh.face_materials) < 0).any():
+        raise ValueError("vertices must be numbered in order of first use, and faces sorted by material")
     face_counts = np.bincount(mesh.face_materials, minlength=len(mesh.material_rgba))
     has_colors = mesh.vertex_colors is not None
     header = np.array(
