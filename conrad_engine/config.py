@@ -382,11 +382,11 @@ class SeedingConfig:
 class OptimizeConfig:
     """The optimisation loop."""
 
-    warm_start_views: int = 8
+    warm_start_views: int = 12
     """Views sampled jointly from the prior and fitted first; 0 starts with score distillation (embedded prior only)."""
-    warm_start_sampling: int = 16
+    warm_start_sampling: int = 20
     """Denoising steps of these views."""
-    warm_start_steps: int = 100
+    warm_start_steps: int = 120
     """Optimisation steps on these views."""
     carve: bool = True
     """Start from the visual hull of these views instead of the blob."""
@@ -434,7 +434,7 @@ class MeshConfig:
     """Face budget after decimation."""
     texture_size: int = 1024
     """Pixels a side."""
-    facing_min: float = 0.25
+    facing_min: float = 0.08
     """Cosine between normal and viewing direction under which the photo is not used."""
     band_px: float = 8.0
     """Width of the blend between photo and field at the border of the visible part, picture pixels at 512 px."""
@@ -479,14 +479,14 @@ def _preset(name: str, steps: OptimizeConfig, volume: FieldConfig, mesh: MeshCon
 PRESETS: dict[str, PipelineConfig] = {
     "draft": _preset(
         "draft",
-        OptimizeConfig(warm_start_views=6, warm_start_sampling=12, warm_start_steps=80, n_steps=60, n_views=1),
+        OptimizeConfig(warm_start_views=8, warm_start_sampling=12, warm_start_steps=80, n_steps=80, n_views=1),
         FieldConfig(resolution=64, coarsest=8),
         MeshConfig(resolution=128, n_faces=20_000, texture_size=1024),
     ),
     "standard": PipelineConfig(),
     "fine": _preset(
         "fine",
-        OptimizeConfig(warm_start_views=12, warm_start_sampling=32, warm_start_steps=200, n_steps=600, n_views=4),
+        OptimizeConfig(warm_start_views=16, warm_start_sampling=32, warm_start_steps=250, n_steps=500, n_views=4),
         FieldConfig(resolution=128, coarsest=16),
         MeshConfig(resolution=256, n_faces=100_000, texture_size=2048),
     ),
