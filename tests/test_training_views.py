@@ -144,8 +144,9 @@ def test_a_reserved_pool_under_another_name_is_refused(tmp_path):
 
 
 def test_an_empty_folder_says_what_it_needs(tmp_path):
-    with pytest.raises(InputError, match="must hold pool_.*npz of 0ad"):
-        views.open_pools(tmp_path, ("0ad",), "train")
+    with pytest.raises(InputError, match="must hold pool_.*npz of 0ad, procedural"):
+        views.open_pools(tmp_path, ("0ad", "procedural"), "train")
+    assert views.open_pools(tmp_path, ("procedural",), "train") == [("procedural", 0)]
 
 
 # Rasterizer
@@ -299,10 +300,10 @@ def test_evaluation_turns_an_object_that_is_too_deep():
 # Rendered rounds
 
 
-def test_the_views_command_renders_a_round(pool_folder, tmp_path):
+def test_the_views_command_renders_a_round(pool_folder, tmp_path, capsys):
     views.main(["--pool", str(pool_folder), "--out", str(tmp_path), "--processes", "1", "--sources", "green"])
     pictures, cameras, sizes = (np.load(tmp_path / f"{name}_0.npy") for name in ("views", "cameras", "sizes"))
-    assert (tmp_path / "done_0").exists()
+    assert (tmp_path / "done_0").exists() and "failed: none" in capsys.readouterr().out
     assert pictures.shape == (3, views.N_GROUPS, views.N_VIEWS, 64, 64, 4)  # two objects and a procedural one
     assert np.load(tmp_path / "sources.npy").tolist() == [0, 0, sources.SOURCES.index("procedural")]
     assert (cameras[:, :, 0, 0] == 0).all() and (cameras[..., 2] > 0).all()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import HALF_FRAME
+from ..errors import ConradError
 from ..guidance.embedded.prior import fast_precision
 from ..guidance.embedded.sampling import ConditionedPrior
 from ..guidance.embedded.unet import Reference, ViewPrior, camera_axes
@@ -258,4 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConradError as error:
+        sys.exit(f"error: {error}")

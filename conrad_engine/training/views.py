@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import HALF_BOX, HALF_FRAME, REFERENCE_EXTENT
-from ..errors import InputError
+from ..errors import ConradError, InputError
 from .pool import Pool, PoolMesh
 from .raster import Light, Rasterizer, compiled_library, fit_distance, orbit_camera, orbit_position, random_light
 from .shapes import random_color, random_shape
@@ -285,10 +285,12 @@ def open_pools(folder: Path, sources: tuple[str, ...], split: str) -> list[tuple
             if POOLS[source].source != source:
                 raise InputError(f"{path} holds objects of {POOLS[source].source!r}, not of {source!r}: build it again")
     objects = [(source, int(index)) for source, pool in POOLS.items() for index in pool.indices(split)]
+    if not objects and sources != ("procedural",):
+        raise InputError(
+            f"no object of split {split!r} found: {folder} must hold pool_*.npz of {', '.join(sources)} (see pool_build)"
+        )
     if split == "train" and "procedural" in sources:
         objects += [("procedural", index) for index in range(max(1, round(PROCEDURAL_SHARE * len(objects))))]
-    if not objects:
-        raise InputError(f"no object of split {split!r} found: {folder} must hold pool_*.npz of {', '.join(sources)}")
     return objects
 
 
@@ -327,6 +329,9 @@ def main(arguments: list[str] | None = None) -> None:
         stale.unlink()
     compiled_library()
     objects = open_pools(options.pool, options.sources, options.split)
+    missing = [source for source in options.sources if source not in POOLS and source != "procedural"]
+    if missing:
+        print(f"left out, as {options.pool} has no pool file of it: {', '.join(missing)}", flush=True)
     if options.most:
         objects = objects[:: max(1, len(objects) // options.most)][: options.most]
     np.save(options.out / "sources.npy", np.array([SOURCES.index(source) for source, _ in objects]))
@@ -342,4 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except ConradError as error:
+        sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections import Counter
 from functools import partial
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ...errors import ConradError
 from ..pool import Pool, PoolMesh
 from ..raster import Rasterizer, compiled_library, default_light, fit_distance, orbit_camera, random_light
 
@@ -167,4 +169,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConradError as error:
+        sys.exit(f"error: {error}")
