@@ -434,7 +434,7 @@ class MeshConfig:
     """Face budget after decimation."""
     texture_size: int = 1024
     """Pixels a side."""
-    facing_min: float = 0.08
+    facing_min: float = 0.05
     """Cosine between normal and viewing direction under which the photo is not used."""
     band_px: float = 8.0
     """Width of the blend between photo and field at the border of the visible part, picture pixels at 512 px."""

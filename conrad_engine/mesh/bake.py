@@ -1,8 +1,7 @@
 """The texture: the photo where its camera sees the surface, the field's color elsewhere, and no seam between them.
 
-Visibility is the mesh's own (a z-buffer from the photo's camera), so the photo lands where the mesh shows it. Beyond the
-border the field's colors are shifted to meet the photo's and the shift fades with distance along the way, as in seamless
-cloning; where both truly differ (a red front, a blue side) the edge is left alone.
+Visibility is the mesh's own (a z-buffer from the photo's camera), so the photo lands where the mesh shows it. What no photo
+sees well continues the photos' colors; see `blend`.
 """
 
 from __future__ import annotations
@@ -15,27 +14,23 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ..cameras import Camera
 from ..config import MeshConfig
+from .blend import complete_colors
 from .mesh import TexturedMesh
 from .raster import rasterize, rasterize_projected
 from .unwrap import UnwrappedMesh
 
 Z_BUFFER = 1024
 """Pixels along the longer side of the visibility test."""
-FACING_BAND = 0.2
+FACING_BAND = 0.06
 """Cosine range over which the photo fades in above `MeshConfig.facing_min`."""
-N_SEAM_POINTS = 4000
-N_NEIGHBORS = 8
-SEAM_REACH = 0.06
-"""Pairs of seen and unseen texels nearer than this, as a part of the mesh's size, meet at the seam."""
-SEAM_FADE = 0.15
-"""Distance over which the shift of the field's colors fades, as a part of the mesh's size."""
-TRUE_EDGE = 0.3
-"""A larger difference of colors is an edge of the object, not a seam."""
+JUMP_PX = 20.0
+"""A step in depth of more than this many pixels from one to the next is no slope: something stands in front."""
+STREAK = 0.02
+"""Colors nearer than this count as equal."""
 CHUNK = 1 << 19
 
 
@@ -72,18 +67,57 @@ def bake_texture(
     """
     size = config.texture_size
     texels = _texels(mesh, size)
-    points = torch.from_numpy(texels.positions)
-    field = np.concatenate([color(chunk).numpy() for chunk in points.split(CHUNK)])
-    colors, weight = _from_photos(mesh, texels, photos, config)
-    if weight.max(initial=0) > 0:
-        field = _meet_at_the_seam(mesh, texels, field, colors, weight)
+    field = _field_colors(texels.positions, color)
+    photo, weight = _from_photos(mesh, texels.positions, texels.normals, photos, config, _texel_length(mesh, size))
+    base = field + _change_at_texels(mesh, texels, field, color, photos, config)
     texture = np.zeros((size * size, 3), np.float32)
-    texture[texels.pixels] = weight[:, None] * colors + (1 - weight[:, None]) * field
+    texture[texels.pixels] = weight[:, None] * photo + (1 - weight[:, None]) * base
     covered = np.zeros(size * size, bool)
     covered[texels.pixels] = True
     texture = _padded(texture.reshape(size, size, 3), covered.reshape(size, size))
     texture = (texture.clip(0, 1) * 255).round().astype(np.uint8)
     return TexturedMesh(mesh.vertices, mesh.faces, mesh.uvs, mesh.normals, texture)
+
+
+def _field_colors(positions: np.ndarray, color: Callable[[Tensor], Tensor]) -> np.ndarray:
+    return np.concatenate([color(chunk).numpy() for chunk in torch.from_numpy(positions).split(CHUNK)])
+
+
+def _change_at_texels(
+    mesh: UnwrappedMesh,
+    texels: _Texels,
+    field: np.ndarray,
+    color: Callable[[Tensor], Tensor],
+    photos: list[Photo],
+    config: MeshConfig,
+) -> np.ndarray:
+    """What is added to the field's color at the texels (n, 3), so that it continues the photos; see `blend`."""
+    corners = mesh.vertices[mesh.faces]
+    spacing = float(np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=1)))
+    photo, seen = _from_photos(mesh, mesh.vertices, mesh.normals, photos, config, spacing)
+    if not seen.any():
+        return np.zeros_like(field)
+    own = _field_colors(mesh.vertices, color)
+    # A color equal to the photo's, where the photo hardly sees, is the photo drawn out along its rays.
+    streaks = np.zeros(len(own), bool)
+    for view in photos:
+        uv, z_depths = _project(view.camera, mesh.vertices)
+        streaks |= (np.abs(_sample(view.rgb, uv, 1.0) - own).max(1) < STREAK) & (z_depths > 0)
+    known = 1.0 - streaks
+    colors = complete_colors(mesh.vertices, mesh.faces, photo, seen, own, known)
+    # Vertices tell the smooth part; the field's finer detail stays where it is the field's own.
+    kept = known * (1 - seen)
+    at_vertices = np.concatenate([colors - kept[:, None] * own, kept[:, None]], 1)
+    at_texels = (at_vertices[mesh.faces[texels.faces]] * texels.barycentric[..., None]).sum(1)
+    return (at_texels[:, :3] + (at_texels[:, 3:] - 1) * field).astype(np.float32)
+
+
+def _texel_length(mesh: UnwrappedMesh, size: int) -> float:
+    """Side of a texel on the surface, world units."""
+    corners, charts = mesh.vertices[mesh.faces].astype(np.float64), mesh.uvs[mesh.faces].astype(np.float64) * size
+    area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).sum()
+    (ax, ay), (bx, by) = (charts[:, 1] - charts[:, 0]).T, (charts[:, 2] - charts[:, 0]).T
+    return float(np.sqrt(area / max(np.abs(ax * by - ay * bx).sum(), 1e-12)))
 
 
 def _texels(mesh: UnwrappedMesh, size: int) -> _Texels:
@@ -99,28 +133,42 @@ def _texels(mesh: UnwrappedMesh, size: int) -> _Texels:
 
 
 def _from_photos(
-    mesh: UnwrappedMesh, texels: _Texels, photos: list[Photo], config: MeshConfig
+    mesh: UnwrappedMesh,
+    positions: np.ndarray,
+    normals: np.ndarray,
+    photos: list[Photo],
+    config: MeshConfig,
+    spacing: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Colors of the photos together (n, 3) and how much they count (n,), 0 to 1."""
-    total = np.zeros(len(texels.pixels), np.float32)
+    """Colors of the photos together at surface points (n, 3), and how much they count (n,), 0 to 1.
+
+    Args:
+        spacing: Distance between the points, world units: finer detail of the photos is averaged.
+    """
+    total = np.zeros(len(positions), np.float32)
     colors = np.zeros((len(total), 3), np.float32)
     strongest = np.zeros_like(total)
     for photo in photos:
-        weight, uv = _visibility(mesh, texels, photo, config)
-        share = weight**4 + 1e-12 * (weight > 0)  # the photo that faces a texel best rules it
-        colors += share[:, None] * _sample(photo.rgb, uv, _footprint(uv, texels, config))
+        weight, uv = _visibility(mesh, positions, normals, photo, config)
+        focal, distance = float(photo.camera.intrinsics[0]), float(photo.camera.positions.norm())
+        share = weight**4 + 1e-12 * (weight > 0)  # the photo that faces a point best rules it
+        colors += share[:, None] * _sample(photo.rgb, uv, spacing * focal / distance)
         total += share
         strongest = np.maximum(strongest, weight)
     return colors / np.maximum(total, 1e-20)[:, None], strongest
 
 
+def _project(camera: Camera, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    uv, z_depths = camera.to("cpu", torch.float64).project(torch.from_numpy(positions).double())
+    return uv.numpy(), z_depths.numpy()
+
+
 def _visibility(
-    mesh: UnwrappedMesh, texels: _Texels, photo: Photo, config: MeshConfig
+    mesh: UnwrappedMesh, positions: np.ndarray, normals: np.ndarray, photo: Photo, config: MeshConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How well a photo sees each texel (n,), 0 to 1, and where it lies in the photo (n, 2), pixels."""
+    """How well a photo sees each surface point (n,), 0 to 1, and where it lies in the photo (n, 2), pixels."""
     camera = photo.camera.to("cpu", torch.float64)
-    points = torch.from_numpy(texels.positions).double()
-    uv, z_depths = (x.numpy() for x in camera.project(points))
+    uv, z_depths = _project(camera, positions)
     scale = Z_BUFFER / max(camera.width, camera.height)
     small = camera.resized(max(1, round(camera.width * scale)), max(1, round(camera.height * scale)))
     buffer = rasterize(mesh.vertices, mesh.faces, small).z_depths
@@ -131,30 +179,21 @@ def _visibility(
     farthest = maximum_filter(buffer, 3)
     column = np.clip((uv[:, 0] * scale).astype(np.int64), 0, small.width - 1)
     row = np.clip((uv[:, 1] * scale).astype(np.int64), 0, small.height - 1)
-    toward = (camera.positions.numpy() - texels.positions).astype(np.float32)
+    toward = (camera.positions.numpy() - positions).astype(np.float32)
     toward /= np.linalg.norm(toward, axis=1, keepdims=True)
-    facing = (texels.normals * toward).sum(1)
+    facing = (normals * toward).sum(1)
     slope = 1 / np.clip(facing, 0.15, 1)
     is_seen = (z_depths <= farthest[row, column] + 1.5 * pixel * z_depths * slope) & (z_depths > 0)
     is_seen &= (uv >= 0).all(1) & (uv <= [camera.width, camera.height]).all(1)
     # Beside an occluder the photo may show the occluder: the far side keeps away from the jump by a ramp.
     with np.errstate(invalid="ignore"):
-        is_far_side = (buffer > 0) & (buffer - nearest > 6 * pixel * buffer)
-    band = max(1.0, config.band_px / 4 * Z_BUFFER / 512)
+        is_far_side = (buffer > 0) & (buffer - nearest > JUMP_PX * pixel * buffer)
+    band = max(1.0, config.band_px / 8 * Z_BUFFER / 512)
     clearance = distance_transform_edt(~is_far_side) if is_far_side.any() else np.full(buffer.shape, band)
     ramp = np.clip(clearance[row, column] / band, 0, 1)
     fade = np.clip((facing - config.facing_min) / FACING_BAND, 0, 1)
     weight = is_seen * ramp * fade * fade * (3 - 2 * fade)
     return weight.astype(np.float32), uv
-
-
-def _footprint(uv: np.ndarray, texels: _Texels, config: MeshConfig) -> float:
-    """Photo pixels a texel, the median: larger than 1 where the texture is coarser than the photo."""
-    size = config.texture_size
-    neighbor = np.flatnonzero((np.diff(texels.pixels) == 1) & (texels.faces[1:] == texels.faces[:-1]))
-    if not len(neighbor) or size < 2:
-        return 1.0
-    return float(np.median(np.linalg.norm(uv[neighbor + 1] - uv[neighbor], axis=1)))
 
 
 def _sample(rgb: np.ndarray, uv: np.ndarray, footprint: float) -> np.ndarray:
@@ -168,38 +207,6 @@ def _sample(rgb: np.ndarray, uv: np.ndarray, footprint: float) -> np.ndarray:
     grid = torch.from_numpy((uv / [width, height] * 2 - 1).astype(np.float32))
     found = F.grid_sample(table, grid[None, None], mode="bilinear", padding_mode="border", align_corners=False)
     return found[0, :, 0].T.numpy()
-
-
-def _meet_at_the_seam(
-    mesh: UnwrappedMesh, texels: _Texels, field: np.ndarray, photo: np.ndarray, weight: np.ndarray
-) -> np.ndarray:
-    """The field's colors, shifted near the border of the photo's part so that both agree there."""
-    extent = float(np.ptp(mesh.vertices, axis=0).max())
-    rng = np.random.default_rng(0)
-    seen, unseen = np.flatnonzero(weight > 0.5), np.flatnonzero(weight < 0.05)
-    if not len(seen) or not len(unseen):
-        return field
-    sample_seen = rng.choice(seen, min(len(seen), 20 * N_SEAM_POINTS), replace=False)
-    sample_unseen = rng.choice(unseen, min(len(unseen), 20 * N_SEAM_POINTS), replace=False)
-    distance, index = cKDTree(texels.positions[sample_seen]).query(
-        texels.positions[sample_unseen], distance_upper_bound=SEAM_REACH * extent
-    )
-    # Only the nearest of them: a seam is a line, not an area.
-    meets = np.isfinite(distance)
-    if meets.sum() < N_NEIGHBORS:
-        return field
-    order = np.argsort(distance[meets])[:N_SEAM_POINTS]
-    unseen_side, seen_side = sample_unseen[meets][order], sample_seen[index[meets][order]]
-    shift = photo[seen_side] - field[unseen_side]
-    shift = shift * (np.abs(shift).max(1, keepdims=True) < TRUE_EDGE)
-    # Shifts are smooth, so they are found at the vertices and interpolated.
-    near, found = cKDTree(texels.positions[unseen_side]).query(mesh.vertices, k=min(N_NEIGHBORS, len(shift)))
-    near, found = near.reshape(len(mesh.vertices), -1), found.reshape(len(mesh.vertices), -1)
-    parts = 1 / (near**2 + (0.01 * extent) ** 2)
-    blended = (shift[found] * parts[..., None]).sum(1) / parts.sum(1, keepdims=True)
-    blended *= np.exp(-near[:, :1] / (SEAM_FADE * extent))
-    moved = (blended[mesh.faces[texels.faces]] * texels.barycentric[..., None]).sum(1)
-    return field + moved.astype(np.float32)
 
 
 def _padded(texture: np.ndarray, covered: np.ndarray) -> np.ndarray:

@@ -1,0 +1,62 @@
+"""Colors over a surface that continue the photos into what they do not show, without a seam.
+
+One color x per vertex, by least squares over the edges: where a photo sees, x is its color; where it does not, neighbors differ
+as the field's colors do, and x is drawn weakly to the field's own. So the field is shifted to meet the photo and the shift
+fades along the surface (seamless cloning, Pérez et al. 2003, with a screen). Where the field knows nothing of its own,
+neighbors are drawn together, which fills in smoothly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.sparse import coo_matrix, diags
+from scipy.sparse.linalg import splu
+
+SEEN_PULL = 10.0
+"""Pull of a photo on a vertex it sees, against an edge's pull of 1."""
+SEAM_FADE = 0.15
+"""Distance along the surface over which the shift of the field's colors fades, as a part of the mesh's size."""
+TRUE_EDGE = 0.2
+"""Where photo and field meet with a much larger difference of colors, it is an edge of the object and no seam."""
+
+
+def complete_colors(
+    vertices: Float[np.ndarray, "n 3"],
+    faces: Int[np.ndarray, "m 3"],
+    photo: Float[np.ndarray, "n 3"],
+    seen: Float[np.ndarray, " n"],
+    field: Float[np.ndarray, "n 3"],
+    known: Float[np.ndarray, " n"],
+) -> Float[np.ndarray, "n 3"]:
+    """One color per vertex; vertices at the same place get the same.
+
+    Args:
+        photo, seen: The photos' colors, and how well they see each vertex, 0 to 1.
+        field, known: The field's colors, and how far they are its own, 0 to 1.
+    """
+    _, first, place = np.unique(vertices, axis=0, return_index=True, return_inverse=True)
+    place = place.reshape(-1)
+    photo, seen, field, known = photo[first], seen[first], field[first], known[first]
+    edges = np.sort(np.concatenate([place[faces[:, [0, 1]]], place[faces[:, [1, 2]]], place[faces[:, [2, 0]]]]), axis=1)
+    edges = np.unique(edges[edges[:, 0] != edges[:, 1]], axis=0)
+    a, b = edges.T
+    # Neighbors that are both the field's own keep its difference; a photo's neighbor takes its color.
+    own = (known * (1 - seen))[:, None]
+    wanted = np.minimum(own[a], own[b]) * (field[a] - field[b])
+    now = seen[:, None] * photo + (1 - seen[:, None]) * field
+    jump = np.abs(now[a] - now[b]).max(1) * np.abs(seen[a] - seen[b]) * np.minimum(1, known[a] + known[b])
+    strength = 1 / (1 + (jump / TRUE_EDGE) ** 4)
+    extent = float(np.ptp(vertices, axis=0).max())
+    length = np.linalg.norm(vertices[first][a] - vertices[first][b], axis=1).mean() if len(edges) else extent
+    to_photo = SEEN_PULL * seen**2
+    to_field = own[:, 0] * (length / (SEAM_FADE * extent)) ** 2 + 1e-6
+    n = len(first)
+    rows, columns = np.concatenate([a, b]), np.concatenate([b, a])
+    links = coo_matrix((np.concatenate([strength, strength]), (rows, columns)), shape=(n, n)).tocsc()
+    matrix = diags(np.asarray(links.sum(1)).ravel() + to_photo + to_field) - links
+    push = strength[:, None] * wanted
+    right = to_photo[:, None] * photo + to_field[:, None] * field
+    for k in range(3):
+        right[:, k] += np.bincount(a, push[:, k], n) - np.bincount(b, push[:, k], n)
+    return splu(matrix.tocsc()).solve(right)[place].astype(np.float32)
