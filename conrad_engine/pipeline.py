@@ -223,7 +223,7 @@ def _guidance(config: PipelineConfig, prepared: PreparedPicture, frame: Frame, d
     guidance = make_guidance(config.guidance, device)
     picture = condition_picture(prepared.rgb, prepared.mask, frame)
     is_known = frame.has_camera or config.picture.is_elevation_known
-    reference = ReferencePicture(picture, frame.condition, is_known, config.prompt)
+    reference = ReferencePicture(picture, frame.condition, is_known, config.prompt, frame.object_size)
     guidance.set_reference(reference)
     if config.optimize.warm_start_views and not hasattr(guidance, "sample_views"):
         raise InputError("only the embedded prior draws views for a warm start; set optimize.warm_start_views=0")

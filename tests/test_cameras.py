@@ -35,7 +35,9 @@ def seen(camera: Camera, point) -> tuple[float, float, float]:
 
 
 def tilted_camera() -> Camera:
-    c2w = look_at(torch.tensor([1.0, -2.0, 1.5], dtype=torch.float64), torch.tensor([0.1, 0.2, -0.1], dtype=torch.float64))
+    c2w = look_at(
+        torch.tensor([1.0, -2.0, 1.5], dtype=torch.float64), torch.tensor([0.1, 0.2, -0.1], dtype=torch.float64)
+    )
     return Camera(c2w, torch.tensor([120.0, 110.0, 37.0, 70.0], dtype=torch.float64), 90, 120)
 
 

@@ -25,7 +25,9 @@ def view(figure) -> ReferenceView:
 
 def random_field(seed: int, scale: float = 1.5, kind: str = "dense_volume"):
     torch.manual_seed(seed)
-    field = make_field(FieldConfig(kind=kind, resolution=32, coarsest=8, n_levels=6, log2_table=12, max_resolution=64), BOX)
+    field = make_field(
+        FieldConfig(kind=kind, resolution=32, coarsest=8, n_levels=6, log2_table=12, max_resolution=64), BOX
+    )
     for parameter in field.parameters():
         torch.nn.init.normal_(parameter, std=scale)
     field.set_progress(1.0)

@@ -99,12 +99,14 @@ def ball_error(state, frame) -> float:
     return float(torch.stack(error).mean())
 
 
-@pytest.mark.parametrize("field", ["dense_volume", "hash_grid"])
-def test_distillation_finds_the_ball_behind_a_red_disc(field):
-    state, config, frame, view = toy(steps=90, field=field)
+@pytest.mark.parametrize(
+    ("field", "steps", "limit"), [("dense_volume", 90, 0.05), pytest.param("hash_grid", 220, 0.1, marks=pytest.mark.slow)]
+)
+def test_distillation_finds_the_ball_behind_a_red_disc(field, steps, limit):
+    state, config, frame, view = toy(steps=steps, field=field, hash_rate=0.02)
     before = ball_error(state, frame)
     run(state, config, frame)
-    assert ball_error(state, frame) < min(0.05, before / 2)
+    assert ball_error(state, frame) < min(limit, before / 2)
     back = render_picture(state.constrained, loop.ring_cameras(frame.condition, 1, 0.85, 33)[0], 64)
     color = back.rgb[16, 16] / back.opacities[16, 16]
     assert color[1] > color[0] + 0.25, "the back is the prior's green"

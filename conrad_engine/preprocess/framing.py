@@ -7,6 +7,7 @@ known of the object's true size; its depth is the prior's to find.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ from ..cameras import (
 from ..config import HALF_FRAME, REFERENCE_EXTENT, PictureConfig
 from ..errors import InputError
 
+log = logging.getLogger(__name__)
+
+SIZE_RANGE = 0.85, 2.5
+"""Believable ratios of the object's longest side to its silhouette's: it cannot be smaller than what is seen of it."""
 N_CENTERING_ROUNDS = 4
 """Turning the view towards the silhouette's middle moves that middle a little; four rounds settle it."""
 
@@ -43,6 +48,8 @@ class Frame:
     """Square camera at the reference camera's place that looks straight at the origin; `HALF_FRAME` fits its half side."""
     has_camera: bool
     """Whether the world is the user's; without a camera file it is made up."""
+    object_size: float | None
+    """Longest side of the object's box in the object frame, if the user said something believable about it."""
 
     @property
     def elevation_rad(self) -> float:
@@ -124,7 +131,11 @@ def frame_object(mask: np.ndarray, setup: CameraSetup | None, config: PictureCon
     reference = to_object.camera(camera)
     fov_rad = 2 * math.atan(HALF_FRAME / (scale * distance))
     condition = centered_camera(reference, torch.zeros(3, dtype=torch.float64), fov_rad, 256)
-    return Frame(reference, to_object.inverse(), condition, setup is not None)
+    size = None if setup is None or setup.object_size is None else setup.object_size * scale
+    if size is not None and not SIZE_RANGE[0] <= size / REFERENCE_EXTENT <= SIZE_RANGE[1]:
+        log.info("object_size is %.2f times the silhouette: it is not used", size / REFERENCE_EXTENT)
+        size = None
+    return Frame(reference, to_object.inverse(), condition, setup is not None, size)
 
 
 def condition_picture(rgb: np.ndarray, mask: np.ndarray, frame: Frame) -> Tensor:
