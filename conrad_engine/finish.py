@@ -236,6 +236,7 @@ def write_pictures(
         title=name,
     )
     make_sheet(data, folder / "sheet.png")
+    write_texture((data.views[1].clip(0, 1) * 255).round().astype(np.uint8), folder / "thumbnail.png")
     if config.turntable_frames:
         n_frames, size = config.turntable_frames, config.turntable_size
         cameras = turntable_cameras(mesh.vertices, n_frames, size, start_deg=start_deg)

@@ -33,8 +33,8 @@ from .finish import Finished, finish
 from .guidance import make_guidance
 from .guidance.interfaces import Guidance, ReferencePicture
 from .mesh.glb import load_mesh
-from .mesh.occupancy import signed_distance_grid
 from .mesh.mesh import Mesh
+from .mesh.occupancy import signed_distance_grid
 from .monitor import Monitor, Progress
 from .optimize import State, make_state, memory_bytes, n_total_steps, optimize
 from .preprocess.framing import Frame, condition_picture, frame_object

@@ -34,7 +34,7 @@ def png_bytes(texture: np.ndarray) -> bytes:
 
 
 def write_texture(texture: np.ndarray, path: Path) -> None:
-    """(height, width, 3) uint8 as PNG."""
+    """(height, width, 3 or 4) uint8 as PNG."""
     write_atomic(path, png_bytes(texture))
 
 

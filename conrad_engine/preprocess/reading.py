@@ -144,7 +144,8 @@ def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         raise InputError(f"{name} is not a picture in a known format: use PNG, JPEG, WebP or TIFF") from None
     except BROKEN_FILE as error:
-        raise InputError(f"{name} is damaged or cut off ({error}): save or download it again") from None
+        reason = str(error).partition("<_io")[0].strip()  # Pillow names the buffer, which says nothing to a person
+        raise InputError(f"{name} is damaged or cut off ({reason}): save or download it again") from None
     if image.width * image.height > max_pixels:
         raise InputError(f"{name} is {image.width}x{image.height}, {image.width * image.height:,} pixels: {limit}")
     return image

@@ -40,6 +40,7 @@ RESULT_FILES = (
     "mesh.glb",
     "texture.png",
     "sheet.png",
+    "thumbnail.png",
     "turntable.mp4",
     "turntable.gif",
     "camera.json",

@@ -25,6 +25,10 @@ MAX_LOG_BYTES = 5_000_000
 SECRET_VARIABLE = "CONRAD_WORKER_SECRET"
 
 
+MAX_DEVICES = 64
+"""More GPUs than this are a mistake of the worker's report, not a machine."""
+
+
 @dataclass(frozen=True)
 class Lost:
     """A job whose worker has ended."""
@@ -153,7 +157,9 @@ class Workers:
         worker.ready, worker.failures = ready, 0
         if worker.device == "auto" and ready.n_devices > 1:
             worker.device = "cuda:0"
-            self._workers += [Worker(number, f"cuda:{number}") for number in range(1, ready.n_devices)]
+            self._workers += [
+                Worker(number, f"cuda:{number}") for number in range(1, min(ready.n_devices, MAX_DEVICES))
+            ]
 
     def end(self, worker: Worker) -> None:
         """End an idle or starting worker until a job needs it."""
