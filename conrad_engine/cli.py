@@ -230,9 +230,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = make_parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO if parsed.verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:  # a job's own log file wants more than the terminal
+        handler.setLevel(logging.INFO if parsed.verbose else logging.ERROR)
     try:
         return parsed.run(parsed)
     except ConradError as error:
