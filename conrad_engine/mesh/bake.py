@@ -31,6 +31,8 @@ JUMP_PX = 20.0
 """A step in depth of more than this many pixels from one to the next is no slope: something stands in front."""
 STREAK = 0.02
 """Colors nearer than this count as equal."""
+LONG_EDGE, N_SUBDIVISIONS, MOST_FACES = 0.03, 10, 400_000
+"""Longer edges, as a part of the mesh's size, are halved for blending; bounds of that."""
 CHUNK = 1 << 19
 
 
@@ -65,7 +67,8 @@ def bake_texture(
         color: The field's sRGB color in [0, 1] at positions (n, 3).
         photos: Pictures with their cameras, in the mesh's world.
     """
-    size = config.texture_size
+    size, whole = config.texture_size, mesh
+    mesh = _subdivided(mesh)
     texels = _texels(mesh, size)
     field = _field_colors(texels.positions, color)
     photo, weight = _from_photos(mesh, texels.positions, texels.normals, photos, config, _texel_length(mesh, size))
@@ -76,7 +79,29 @@ def bake_texture(
     covered[texels.pixels] = True
     texture = _padded(texture.reshape(size, size, 3), covered.reshape(size, size))
     texture = (texture.clip(0, 1) * 255).round().astype(np.uint8)
-    return TexturedMesh(mesh.vertices, mesh.faces, mesh.uvs, mesh.normals, texture)
+    return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, texture)
+
+
+def _subdivided(mesh: UnwrappedMesh) -> UnwrappedMesh:
+    """The same surface with no long edges: colors are blended from vertex to vertex."""
+    longest = LONG_EDGE * float(np.ptp(mesh.vertices, axis=0).max())
+    values = np.concatenate([mesh.vertices, mesh.uvs, mesh.normals], 1).astype(np.float64)
+    faces = mesh.faces
+    for _ in range(N_SUBDIVISIONS):
+        corners = values[faces, :3]
+        is_long = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(1) > longest
+        if not is_long.any() or len(faces) > MOST_FACES:
+            break
+        a, b, c = faces[is_long].T
+        edges = np.sort(np.stack([np.stack(pair, 1) for pair in ((a, b), (b, c), (c, a))]), axis=2)
+        unique, index = np.unique(edges.reshape(-1, 2), axis=0, return_inverse=True)
+        ab, bc, ca = len(values) + index.reshape(3, -1)
+        values = np.concatenate([values, values[unique].mean(1)])
+        parts = [np.stack(part, 1) for part in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
+        faces = np.concatenate([faces[~is_long], *parts])
+    vertices, uvs, normals = (part.astype(np.float32) for part in np.split(values, [3, 5], axis=1))
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
+    return UnwrappedMesh(vertices, faces.astype(np.int32), uvs, normals)
 
 
 def _field_colors(positions: np.ndarray, color: Callable[[Tensor], Tensor]) -> np.ndarray:
@@ -127,8 +152,10 @@ def _texels(mesh: UnwrappedMesh, size: int) -> _Texels:
     faces, weights = fragments.faces.ravel()[pixels], fragments.barycentric.reshape(-1, 3)[pixels]
     corners = mesh.faces[faces]
     positions = (mesh.vertices[corners] * weights[..., None]).sum(1)
-    normals = (mesh.normals[corners] * weights[..., None]).sum(1)
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
+    # Whether a photo sees a texel is decided by the true surface; smooth normals would tilt a box's flat sides.
+    a, b, c = (mesh.vertices[corners[:, k]] for k in range(3))
+    normals = np.cross(b - a, c - a)
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
     return _Texels(pixels, positions.astype(np.float32), normals.astype(np.float32), faces, weights)
 
 

@@ -19,6 +19,8 @@ SEAM_FADE = 0.15
 """Distance along the surface over which the shift of the field's colors fades, as a part of the mesh's size."""
 TRUE_EDGE = 0.2
 """Where photo and field meet with a much larger difference of colors, it is an edge of the object and no seam."""
+LEAST_WEIGHT, MOST_WEIGHT = 0.02, 20.0
+"""Bounds of an edge's weight, which is about 1 in a regular mesh."""
 
 
 def complete_colors(
@@ -38,19 +40,17 @@ def complete_colors(
     _, first, place = np.unique(vertices, axis=0, return_index=True, return_inverse=True)
     place = place.reshape(-1)
     photo, seen, field, known = photo[first], seen[first], field[first], known[first]
-    edges = np.sort(np.concatenate([place[faces[:, [0, 1]]], place[faces[:, [1, 2]]], place[faces[:, [2, 0]]]]), axis=1)
-    edges = np.unique(edges[edges[:, 0] != edges[:, 1]], axis=0)
+    edges, strength, areas = _edges(vertices[first].astype(np.float64), place[faces])
     a, b = edges.T
     # Neighbors that are both the field's own keep its difference; a photo's neighbor takes its color.
     own = (known * (1 - seen))[:, None]
     wanted = np.minimum(own[a], own[b]) * (field[a] - field[b])
     now = seen[:, None] * photo + (1 - seen[:, None]) * field
     jump = np.abs(now[a] - now[b]).max(1) * np.abs(seen[a] - seen[b]) * np.minimum(1, known[a] + known[b])
-    strength = 1 / (1 + (jump / TRUE_EDGE) ** 4)
+    strength = strength / (1 + (jump / TRUE_EDGE) ** 4)
     extent = float(np.ptp(vertices, axis=0).max())
-    length = np.linalg.norm(vertices[first][a] - vertices[first][b], axis=1).mean() if len(edges) else extent
     to_photo = SEEN_PULL * seen**2
-    to_field = own[:, 0] * (length / (SEAM_FADE * extent)) ** 2 + 1e-6
+    to_field = own[:, 0] * areas / (SEAM_FADE * extent) ** 2 + 1e-6
     n = len(first)
     rows, columns = np.concatenate([a, b]), np.concatenate([b, a])
     links = coo_matrix((np.concatenate([strength, strength]), (rows, columns)), shape=(n, n)).tocsc()
@@ -60,3 +60,23 @@ def complete_colors(
     for k in range(3):
         right[:, k] += np.bincount(a, push[:, k], n) - np.bincount(b, push[:, k], n)
     return splu(matrix.tocsc()).solve(right)[place].astype(np.float32)
+
+
+def _edges(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges (k, 2), their cotangent weights (k,), and the area around each vertex.
+
+    With these weights the sum over edges of squared differences is the integral of the squared gradient (Pinkall and
+    Polthier 1993), whatever the triangles' shapes. Negative ones, at obtuse corners, are lifted: neighbors never repel.
+    """
+    faces = faces[(faces != np.roll(faces, 1, axis=1)).all(1)]
+    corners = vertices[faces]
+    pairs, weights = [], []
+    for k in range(3):
+        u, v = corners[:, (k + 1) % 3] - corners[:, k], corners[:, (k + 2) % 3] - corners[:, k]
+        doubled = np.linalg.norm(np.cross(u, v), axis=1)
+        pairs.append(faces[:, [(k + 1) % 3, (k + 2) % 3]])
+        weights.append((u * v).sum(1) / np.maximum(doubled, 1e-12) / 2)
+    areas = np.bincount(faces.ravel(), np.repeat(doubled / 6, 3), minlength=len(vertices))
+    edges, index = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0, return_inverse=True)
+    strength = np.bincount(index.reshape(-1), np.concatenate(weights), minlength=len(edges))
+    return edges, np.clip(strength, LEAST_WEIGHT, MOST_WEIGHT), areas

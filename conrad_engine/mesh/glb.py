@@ -174,11 +174,11 @@ def _load(source: Path | bytes, kind: str) -> trimesh.Trimesh:
     kind = kind or _kind(source)
     if kind not in KINDS:
         raise InputError(f"{_title(source)}: meshes can be {', '.join(KINDS)}, not {kind or 'without a suffix'}")
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise InputError(f"{source} does not exist; give the path of a mesh file")
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
         body = trimesh.load(file, file_type=kind, force="mesh", process=False)
-    except FileNotFoundError:
-        raise InputError(f"{source} does not exist; give the path of a mesh file") from None
     except Exception as error:  # the readers of a dozen formats raise whatever they meet
         raise InputError(
             f"{_title(source)} cannot be read as {kind}: {str(error)[:120] or type(error).__name__}"

@@ -9,6 +9,8 @@ from scipy.ndimage import binary_closing, binary_dilation, distance_transform_ed
 from .mesh import Mesh
 
 N_SURFACE_SAMPLES = 400_000
+N_CLOSED = 2
+"""Holes up to about twice this many cells wide are closed."""
 
 
 def surface_points(mesh: Mesh, n_points: int, seed: int = 0) -> Float[np.ndarray, "n 3"]:
@@ -38,16 +40,20 @@ def signed_distance_grid(mesh: Mesh, aabb: np.ndarray, n_cells: int) -> Float[np
     sides = aabb[1] - aabb[0]
     cell = float(sides.max()) / n_cells
     shape = np.maximum(np.round(sides / cell).astype(int), 2)
-    points = np.concatenate([surface_points(mesh, N_SURFACE_SAMPLES), mesh.vertices])
+    points = np.concatenate([surface_points(mesh, N_SURFACE_SAMPLES), mesh.vertices[np.unique(mesh.faces)]])
     index = np.floor((points - aabb[0]) / sides * shape).astype(int)
     index = index[((index >= 0) & (index < shape)).all(1)]
     # A margin lets the outside be one connected part.
     surface = np.zeros(shape + 6, bool)
     surface[tuple((index + 3).T)] = True
-    closed = binary_closing(surface, generate_binary_structure(3, 3), iterations=2)
-    outside, _ = label(~(surface | closed))
-    inside = (outside != outside[0, 0, 0]) | surface
-    if inside.sum() < 1.3 * binary_dilation(surface).sum() and inside.sum() > surface.sum():
-        inside = inside | surface
-    distances = np.where(inside, distance_transform_edt(inside) - 0.5, 0.5 - distance_transform_edt(~inside))
+    closed = surface | binary_closing(surface, generate_binary_structure(3, 3), iterations=N_CLOSED)
+    parts, _ = label(~closed)
+    # Closing also filled narrow concave places: the outside takes them back, as far as the surface lets it.
+    outside = binary_dilation(parts == parts[0, 0, 0], iterations=N_CLOSED, mask=~surface)
+    solid = ~(outside | surface)
+    # A cell of the surface is half way between outside and inside; of a thin sheet, which has no inside, it is the inside.
+    to_outside, to_solid = distance_transform_edt(~outside), distance_transform_edt(~solid) if solid.any() else np.inf
+    at_surface = np.where(to_solid > 2, 0.5, np.clip((to_outside - to_solid) / 2, -0.5, 0.5))
+    away = distance_transform_edt(~surface)
+    distances = np.where(surface, at_surface, np.where(solid, away, -away))
     return (distances * cell)[3:-3, 3:-3, 3:-3].astype(np.float32)

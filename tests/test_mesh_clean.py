@@ -1,0 +1,91 @@
+"""Cleaning and unwrapping of meshes whose shape is known."""
+
+import numpy as np
+import pytest
+
+from conrad_engine.config import MeshConfig
+from conrad_engine.errors import MeshError
+from conrad_engine.mesh.clean import clean_mesh, decimate, keep_components, manifold_share, taubin, weld
+from conrad_engine.mesh.mesh import Mesh, vertex_normals
+from conrad_engine.mesh.raster import rasterize_projected
+from conrad_engine.mesh.unwrap import unwrap
+
+from .mesh_scenes import box_mesh, euler_number, sphere_mesh, volume
+
+
+def joined(*meshes: Mesh) -> Mesh:
+    starts = np.cumsum([0, *(len(mesh.vertices) for mesh in meshes)])
+    faces = np.concatenate([mesh.faces + start for mesh, start in zip(meshes, starts)])
+    return Mesh(np.concatenate([mesh.vertices for mesh in meshes]), faces.astype(np.int32))
+
+
+def moved(mesh: Mesh, x: float) -> Mesh:
+    return Mesh(mesh.vertices + np.array([x, 0, 0], np.float32), mesh.faces)
+
+
+def test_largest_parts_are_kept_and_dust_is_not():
+    parts = joined(moved(sphere_mesh(0.2, 12), 2.0), sphere_mesh(0.5, 20), moved(sphere_mesh(0.003, 4), -1.0))
+    assert np.abs(keep_components(parts, 1).vertices).max() <= 0.5
+    assert len(keep_components(parts, 2).faces) == len(sphere_mesh(0.5, 20).faces) + len(sphere_mesh(0.2, 12).faces)
+    assert len(keep_components(parts, 0).faces) == len(keep_components(parts, 2).faces)
+
+
+def test_weld_joins_corners_and_drops_empty_faces():
+    soup = sphere_mesh(0.5, 8)
+    soup = Mesh(soup.vertices[soup.faces].reshape(-1, 3), np.arange(3 * len(soup.faces), dtype=np.int32).reshape(-1, 3))
+    soup = joined(soup, Mesh(soup.vertices[:3], np.array([[0, 1, 1], [0, 1, 2]], np.int32)))
+    welded = weld(soup)
+    assert euler_number(welded) == 2 and manifold_share(welded.faces) == 1.0
+
+
+def test_decimation_keeps_shape_and_manifold_edges():
+    mesh = decimate(sphere_mesh(0.5, 80), 2000)
+    assert 1500 < len(mesh.faces) <= 2000 and manifold_share(mesh.faces) >= 0.99
+    assert volume(mesh) == pytest.approx(4 / 3 * np.pi * 0.125, rel=0.01)
+
+
+def test_smoothing_takes_stairs_and_keeps_size():
+    mesh = sphere_mesh(0.5, 60)
+    steps = np.round(mesh.vertices / 0.02) * 0.02
+    smooth = taubin(Mesh(steps.astype(np.float32), mesh.faces), 4)
+    away = lambda points: np.abs(np.linalg.norm(points, axis=1) - 0.5).mean()  # noqa: E731
+    assert away(smooth.vertices) < 0.6 * away(steps)
+    assert volume(smooth) == pytest.approx(volume(Mesh(steps, mesh.faces)), rel=0.01)
+
+
+def test_nothing_left_is_one_sentence():
+    with pytest.raises(MeshError, match="nothing is left"):
+        clean_mesh(Mesh(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)), MeshConfig())
+
+
+def test_normals_look_outward_and_agree_across_seams():
+    mesh = sphere_mesh(0.5, 24)
+    corners = Mesh(mesh.vertices[mesh.faces].reshape(-1, 3), np.arange(3 * len(mesh.faces)).reshape(-1, 3))
+    normals = vertex_normals(corners.vertices, corners.faces)
+    assert (normals * corners.vertices / 0.5).sum(1).min() > 0.99
+    assert np.allclose(normals.reshape(-1, 3, 3), vertex_normals(mesh.vertices, mesh.faces)[mesh.faces], atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [sphere_mesh(0.5, 30), box_mesh()], ids=["sphere", "box"])
+def test_charts_do_not_overlap_and_keep_the_surface(mesh):
+    size = 256
+    result = unwrap(mesh, MeshConfig(texture_size=size))
+    before = np.sort(mesh.vertices[mesh.faces].reshape(len(mesh.faces), -1), axis=0)
+    after = np.sort(result.vertices[result.faces].reshape(len(result.faces), -1), axis=0)
+    assert len(result.faces) == len(mesh.faces) and np.allclose(before.sum(), after.sum(), atol=1e-2)
+    assert volume(Mesh(result.vertices, result.faces)) == pytest.approx(volume(mesh), rel=1e-5)
+    assert result.uvs.min() >= 0 and result.uvs.max() <= 1
+    uv = np.stack([result.uvs[:, 0] * size, (1 - result.uvs[:, 1]) * size], 1).astype(np.float64)
+    # Covered once: the texels hit are as many as the triangles' areas say.
+    (ax, ay), (bx, by) = (
+        (uv[result.faces[:, 1]] - uv[result.faces[:, 0]]).T,
+        (uv[result.faces[:, 2]] - uv[result.faces[:, 0]]).T,
+    )
+    hit = (rasterize_projected(uv, np.ones(len(uv)), result.faces, size, size).faces >= 0).sum()
+    area = np.abs(ax * by - ay * bx).sum() / 2
+    assert hit == pytest.approx(area, rel=0.03) and area > 0.3 * size**2
+
+
+def test_empty_mesh_cannot_be_unwrapped():
+    with pytest.raises(MeshError, match="without faces"):
+        unwrap(Mesh(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)), MeshConfig())
