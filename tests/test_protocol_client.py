@@ -30,7 +30,7 @@ from conrad_engine.protocol import (
 )
 from conrad_engine.protocol import client as client_module
 
-from .engine_process import ROOT, until
+from .engine_process import ROOT, until_message
 
 
 class StubEngine:
@@ -166,9 +166,8 @@ def test_an_engine_of_another_version_is_told_apart(stub):
         assert stub.socket.poll(2000)
         route, *_ = stub.socket.recv_multipart()
         stub.socket.send_multipart([route, b'{"v":9,"type":"welcome","cargo":[]}'])
-        told = []
-        until(client, lambda: told.extend(client.poll()) or told)
-        assert told[0].code == "version" and "update the client" in told[0].message
+        told = until_message(client, lambda message: isinstance(message, Error))
+        assert told.code == "version" and "update the client" in told.message
         with pytest.raises(EngineUnavailable):
             client.wait("a")
 
