@@ -282,8 +282,9 @@ def _log_file(folder: Path) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     try:
         yield
-    except Exception:
-        logger.exception("the job failed")
+    except Exception as error:
+        # For the file: what the terminal shows of it is the command line's to say.
+        logger.info("the job ended: %s", error, exc_info=True)
         raise
     finally:
         logger.removeHandler(handler)
