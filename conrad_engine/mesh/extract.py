@@ -24,6 +24,7 @@ from torch import Tensor
 from ..cameras import Camera
 from ..config import MeshConfig
 from ..errors import MeshError
+from .bridge import join_parts
 from .mesh import Mesh
 from .outline import (
     REACH_CELLS,
@@ -128,8 +129,11 @@ def extract_mesh(
         )
         for view in views:  # where an outline came in from two sides it may have opened a hole
             values = _with_missing_parts(values, [], grid, view)
-    for view in views:
-        values = np.minimum(values, grid.evaluate(hull_distances(view.mask, view.camera)))
+    if views:
+        hull = np.minimum.reduce([grid.evaluate(hull_distances(view.mask, view.camera)) for view in views])
+        values = np.minimum(values, hull)
+        if config.max_components == 1:
+            values = join_parts(values, hull, grid.cell, grid.low, [view.camera for view in views])
     mesh = grid.surface(values)
     if not len(mesh.faces):
         raise MeshError(NO_SURFACE)
