@@ -28,12 +28,16 @@ from .optimize import State, memory_bytes
 from .preprocess.framing import Frame, final_similarity
 from .preprocess.prepare import PreparedPicture
 from .preview import SheetData, make_sheet, sheet_cameras, turntable_cameras, write_turntable
+from .rendering.interfaces import Field
 from .rendering.renderer import Picture, render_picture
 
 MEASURED_PICTURE = 512
 """Pixels along the longer side at which the result is compared with the picture."""
 FIELD_SAMPLES = 192
 BACK_PICTURE = 256
+COLOR_REACH = 0.02
+"""Distance of the neighbors whose colors are averaged, object frame: about a cell of the field."""
+COLOR_OFFSETS = [(float(x), float(y), float(z)) for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1)]
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,25 @@ def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config
     def color(positions: torch.Tensor) -> torch.Tensor:
         if config.project_only:  # there is no optimised field; what the picture does not show takes its mean
             return mean.expand(len(positions), 3)
-        with torch.no_grad():
-            return full.density_and_color(positions.to(full.aabb))[1].cpu()
+        return surface_color(full, positions.to(full.aabb)).cpu()
 
     photo = Photo(view.camera, view.rgb.permute(1, 2, 0).numpy(), view.mask[0].numpy())
     return bake_texture(unwrap(mesh, config), color, [photo], config)
+
+
+@torch.no_grad()
+def surface_color(field: Field, positions: torch.Tensor) -> torch.Tensor:
+    """The color (n, 3) that rays see at surface points: averaged by density over the points and their neighborhood.
+
+    A view composites the colors of a layer some cells deep, so the color of one point alone is noisier than any view of it.
+    """
+    offsets = torch.tensor(COLOR_OFFSETS, device=positions.device) * COLOR_REACH
+    total, weights = torch.zeros_like(positions), torch.zeros_like(positions[:, :1])
+    for offset in offsets:
+        density, color = field.density_and_color(positions + offset)
+        weight = 1 - torch.exp(-density[:, None] * COLOR_REACH) + 1e-4
+        total, weights = total + weight * color, weights + weight
+    return total / weights
 
 
 def _moved(mesh: TexturedMesh, to_world: Similarity) -> TexturedMesh:
