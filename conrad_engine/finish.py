@@ -133,7 +133,9 @@ def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config
         return surface_color(full, positions.to(full.aabb)).cpu()
 
     photo = Photo(view.camera, view.rgb.permute(1, 2, 0).numpy(), view.mask[0].numpy())
-    return bake_texture(unwrap(mesh, config), color, [photo], config)
+    # Systems that know the picture only by a loss bake what their field has become; so does the comparison with them.
+    photos = [] if full.config.kind == "loss" and not config.project_only else [photo]
+    return bake_texture(unwrap(mesh, config), color, photos, config)
 
 
 @torch.no_grad()

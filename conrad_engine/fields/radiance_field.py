@@ -79,7 +79,7 @@ class HashField(nn.Module):
         grid = signed_distances.permute(2, 1, 0)[None, None].to(self.aabb)
         optimizer = torch.optim.Adam(self.parameters(), lr=5e-3)
         for _ in range(N_INITIAL_FIT_STEPS):
-            unit = torch.rand(16384, 3, device=self.aabb.device)
+            unit = torch.rand(8192, 3, device=self.aabb.device)
             wanted = F.grid_sample(grid, (unit * 2 - 1)[None, None, None], align_corners=False)[0, 0, 0, 0]
             positions = self.aabb[0] + unit * (self.aabb[1] - self.aabb[0])
             raw = self.density_head(self._features(positions))[:, 0]
