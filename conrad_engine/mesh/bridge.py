@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.ndimage import binary_dilation, binary_erosion, label
+from scipy.ndimage import binary_erosion, label
 from scipy.spatial import cKDTree
 
 from ..cameras import Camera
@@ -21,9 +21,10 @@ MAX_GAP = 0.15
 MIN_CELLS = 12
 """Parts with fewer cells are dust and are left to the clean-up."""
 MAX_PARTS = 40
-COVERAGE = 256
-"""Pixels along the longer side of the picture by which parts are told from floaters."""
-MIN_PIXELS, MIN_BESIDE = 4, 0.25
+COVERAGE = 128
+"""Pixels along the longer side of the picture by which parts are told from floaters: about a cell each, so that the main
+part's cells leave no holes."""
+MIN_PIXELS, MIN_BESIDE = 3, 0.25
 """A part is needed if so many of its pixels, and such a share of them, lie beside the main part."""
 ANY_NEIGHBOR = np.ones((3, 3, 3), bool)
 
@@ -82,7 +83,6 @@ def _is_needed(part: np.ndarray, main: np.ndarray, low: np.ndarray, cell: float,
         small = camera.resized(*(max(1, round(side * scale)) for side in (camera.width, camera.height)))
         covered = np.zeros((small.height, small.width), bool)
         covered[tuple(_pixels(main, low, cell, small).T)] = True
-        covered = binary_dilation(covered, ANY_NEIGHBOR[0])
         mine = np.unique(_pixels(part, low, cell, small), axis=0)
         beside = ~covered[tuple(mine.T)]
         if beside.sum() >= MIN_PIXELS and beside.mean() > MIN_BESIDE:
