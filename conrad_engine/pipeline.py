@@ -35,7 +35,7 @@ from .guidance.interfaces import Guidance, ReferencePicture
 from .mesh.glb import load_mesh
 from .mesh.mesh import Mesh
 from .mesh.occupancy import signed_distance_grid
-from .monitor import Monitor, Progress
+from .monitor import Command, Monitor, Progress
 from .optimize import State, make_state, memory_bytes, n_total_steps, optimize
 from .preprocess.framing import Frame, condition_picture, frame_object
 from .preprocess.prepare import PreparedPicture, prepare_picture
@@ -112,7 +112,8 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         initial = _initial_shape(job, frame, state, config)
         is_resumed = resume and load_checkpoint(folder, state, config, inputs)
         seconds = {"prepare": time.monotonic() - started}
-        if state.step < n_total_steps(config):
+        # A job stopped early and only made into a mesh again needs no prior.
+        if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:
             guidance = _guidance(config, prepared, frame, device)
             seconds["load"] = time.monotonic() - started - seconds["prepare"]
             save = lambda s: save_checkpoint(folder, s, config, inputs)  # noqa: E731

@@ -138,6 +138,19 @@ def test_extract_again_and_continue(tmp_path, monkeypatch):
     assert longer.metrics["steps"] == 34
 
 
+def test_a_job_stopped_early_is_made_into_a_mesh_again_without_a_prior(tmp_path, monkeypatch):
+    with pytest.raises(Cancelled):
+        pipeline.generate(toy_job(), tmp_path, CancelAt(25))
+
+    class Keep(Monitor):
+        def command(self):
+            return Command.KEEP
+
+    monkeypatch.setattr(pipeline, "make_guidance", lambda *_: pytest.fail("no step is asked for"))
+    result = pipeline.generate(toy_job(), tmp_path, Keep())
+    assert result.metrics["steps"] == 25 and result.glb.exists()
+
+
 def test_start_from_a_mesh_and_project_only(tmp_path, finished):
     glb = finished.glb.read_bytes()
     result = pipeline.generate(toy_job(init_mesh=glb, settings={"mesh.project_only": True}), tmp_path)
