@@ -63,7 +63,8 @@ def test_bad_pictures_are_one_sentence_and_exit_2(capsys, tmp_path, kind):
 
 def test_wrong_depth_size(capsys, tmp_path, picture):
     np.save(tmp_path / "depth.npy", np.random.default_rng(0).random((10, 30)))
-    code, err = run(capsys, "generate", picture, "--out", str(tmp_path / "o"), "--depth", str(tmp_path / "depth.npy"), "--quiet")
+    depth = ["--depth", str(tmp_path / "depth.npy")]
+    code, err = run(capsys, "generate", picture, "--out", str(tmp_path / "o"), "--quiet", *depth)
     assert code == 2 and "depth" in err and err.count("\n") == 1
 
 
@@ -115,9 +116,9 @@ def test_doctor_names_what_is_missing_and_the_command(monkeypatch, capsys):
 @pytest.mark.slow
 def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(tmp_path):
     """The real program with the shipped prior: stopped in the middle, then resumed to its end."""
-    small = ["--preset", "draft", "--device", "cpu", "--quiet", "--set", "optimize.n_steps=6", "--set", "optimize.warm_start_steps=20",
-             "--set", "optimize.warm_start_views=2", "--set", "optimize.warm_start_sampling=2", "--set", "field.resolution=32",
-             "--set", "mesh.resolution=48", "--set", "mesh.n_faces=3000", "--set", "mesh.texture_size=256"]  # fmt: skip
+    settings = "optimize.n_steps=6 optimize.warm_start_steps=20 optimize.warm_start_views=2 optimize.warm_start_sampling=2"
+    settings += " field.resolution=32 mesh.resolution=48 mesh.n_faces=3000 mesh.texture_size=256"
+    small = ["--preset", "draft", "--device", "cpu", "--quiet", *(x for item in settings.split() for x in ("--set", item))]
     command = [sys.executable, "-m", "conrad_engine", "generate", str(PICTURES / "robot.png"), "--out", str(tmp_path), *small]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
