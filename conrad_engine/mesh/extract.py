@@ -53,7 +53,7 @@ SILHOUETTE = 512
 """Pixels along the longer side of the silhouettes that are compared."""
 N_OUTLINE_ROUNDS = 2
 """Times that the outline is bent towards the masks; the second one corrects what perspective and overlaps left."""
-RIM_PX = 8
+RIM_PX = 5
 """A gap no wider than this, at `SILHOUETTE`, is the outline's error and no missing part."""
 CHUNK = 1 << 20
 SHEET_CELLS, MAX_BODY_CELLS = 1.2, 5.0
