@@ -17,6 +17,15 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print what tests have measured, whether their output is shown or not."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    figures = [value for report in reports for name, value in report.user_properties if name == "figure"]
+    if figures:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(figures))
+
+
 def figure_rgba(height: int = 96, width: int = 96) -> np.ndarray:
     """A figure with a red arm on the left of the picture, a blue one on the right and a green body: nothing symmetric."""
     rgba = np.zeros((height, width, 4), np.uint8)
@@ -25,7 +34,12 @@ def figure_rgba(height: int = 96, width: int = 96) -> np.ndarray:
     left = (u > 0.16) & (u < 0.4) & (np.abs(v - 0.4) < 0.07)
     right = (u < 0.84) & (u > 0.6) & (np.abs(v - 0.55) < 0.07)
     stripes = (np.sin(v * 60) > 0) & body
-    for mask, color in ((body, (40, 160, 60)), (stripes, (230, 220, 90)), (left, (210, 30, 30)), (right, (30, 40, 210))):
+    for mask, color in (
+        (body, (40, 160, 60)),
+        (stripes, (230, 220, 90)),
+        (left, (210, 30, 30)),
+        (right, (30, 40, 210)),
+    ):
         rgba[mask] = (*color, 255)
     return rgba
 

@@ -3,7 +3,8 @@
     CONRAD_BPY_PYTHON=/venv-bpy45/bin/python:/venv-bpy42/bin/python python -m pytest -m blender tests/test_addon_blender.py
 
 Each interpreter has the bpy module (`pip install bpy==4.5.15`). Without the variable this interpreter is tried. pyzmq's
-wheels are fetched by pip into the cache folder unless they are there.
+wheels are fetched by pip into the cache folder unless they are there. The measured figures are printed at the end; `-k shows`
+runs only the tests that measure them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,21 @@ def engine_python(tmp_path_factory) -> str:
     return str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
-def run_script(name: str, interpreter: str, tmp_path: Path, *arguments: str, limit_s: float = LIMIT_S) -> str:
+@pytest.fixture
+def run_script(record_property):
+    """Runs a script inside Blender and keeps the figures it prints for the end of the test run."""
+
+    def run(name: str, interpreter: str, *arguments: object, **named: object) -> str:
+        output = output_of(name, interpreter, *arguments, **named)
+        for line in output.splitlines():
+            if line.startswith("FIGURE | "):
+                record_property("figure", f"{Path(interpreter).parents[1].name} | {line.removeprefix('FIGURE | ')}")
+        return output
+
+    return run
+
+
+def output_of(name: str, interpreter: str, tmp_path: Path, *arguments: str, limit_s: float = LIMIT_S) -> str:
     (tmp_path / "user").mkdir(exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "BLENDER"))}
     environment |= {"BLENDER_USER_RESOURCES": str(tmp_path / "user"), "OMP_NUM_THREADS": "1"}
@@ -78,21 +93,29 @@ def run_script(name: str, interpreter: str, tmp_path: Path, *arguments: str, lim
 
 
 @pytest.mark.parametrize("interpreter", FOUND)
-@pytest.mark.parametrize("name", ["check_install.py", "check_camera.py", "check_import.py"])
-def test_inside_blender(name, interpreter, zip_path, tmp_path):
+@pytest.mark.parametrize("name", ["check_camera.py", "check_import.py"])
+def test_inside_blender(name, interpreter, zip_path, tmp_path, run_script):
     run_script(name, interpreter, tmp_path, str(zip_path))
 
 
 @pytest.mark.parametrize("interpreter", FOUND)
-@pytest.mark.parametrize("name", ["check_jobs.py", "check_batch.py", "check_faults.py", "bench_ticks.py"])
-def test_with_a_real_engine_process(name, interpreter, zip_path, engine_python, tmp_path):
+@pytest.mark.parametrize("name", ["check_jobs.py", "check_batch.py"])
+def test_with_a_real_engine_process(name, interpreter, zip_path, engine_python, tmp_path, run_script):
+    (tmp_path / "data").mkdir()
+    print(run_script(name, interpreter, tmp_path, str(zip_path), engine_python, str(tmp_path / "data")))
+
+
+@pytest.mark.parametrize("interpreter", FOUND)
+@pytest.mark.parametrize("name", ["check_install.py", "bench_session.py", "check_faults.py"])
+def test_what_it_shows(name, interpreter, zip_path, engine_python, tmp_path, run_script):
+    """The figures that the add-on has to show, printed at the end of the test run."""
     (tmp_path / "data").mkdir()
     print(run_script(name, interpreter, tmp_path, str(zip_path), engine_python, str(tmp_path / "data")))
 
 
 @pytest.mark.parametrize("interpreter", FOUND)
 @pytest.mark.parametrize("seconds", ["0", "0.8", "2"])
-def test_blender_killed_in_the_middle(seconds, interpreter, zip_path, engine_python, tmp_path):
+def test_blender_killed_in_the_middle(seconds, interpreter, zip_path, engine_python, tmp_path, run_script):
     (tmp_path / "data").mkdir()
     arguments = (str(zip_path), engine_python, str(tmp_path / "data"))
     with pytest.raises(AssertionError, match="submitted"):
@@ -103,7 +126,7 @@ def test_blender_killed_in_the_middle(seconds, interpreter, zip_path, engine_pyt
 @pytest.mark.slow
 @pytest.mark.parametrize("interpreter", FOUND[:1])
 @pytest.mark.parametrize("script", ["check_result.py", "check_project.py"])
-def test_a_real_object_covers_its_picture(script, interpreter, zip_path, engine_python, tmp_path):
+def test_a_real_object_covers_its_picture(script, interpreter, zip_path, engine_python, tmp_path, run_script):
     (tmp_path / "data").mkdir()
     pictures = ROOT / "tests" / "pictures"
     files = (str(pictures / "robot.png"), str(pictures / "robot.camera.json"))
@@ -115,7 +138,7 @@ def test_a_real_object_covers_its_picture(script, interpreter, zip_path, engine_
 @pytest.mark.skipif(
     not os.environ.get("CONRAD_SETUP_PYTHON"), reason="name the Python to build on in CONRAD_SETUP_PYTHON"
 )
-def test_set_up_engine_from_the_zip(zip_path, tmp_path):
+def test_set_up_engine_from_the_zip(zip_path, tmp_path, run_script):
     """Downloads and installs every package of the engine: minutes and gigabytes."""
     print(
         run_script("check_setup.py", FOUND[0], tmp_path, str(zip_path), os.environ["CONRAD_SETUP_PYTHON"], limit_s=1500)

@@ -2,7 +2,8 @@
 
 It has the interface of `conrad_engine.pipeline`, takes real time, renders true previews from any camera and gives a mesh
 with UVs and texture, so that overlay, import and alignment can be looked at without an optimisation.
-A picture whose name holds "slow" takes longer, one whose name holds "bad" fails.
+A picture whose name holds "slow" takes longer, one whose name holds "bad" fails, and one whose name holds "stream" has
+previews that cost nearly nothing, so that they come as often as they are asked for.
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ def generate(job: Job, folder: Path, monitor: Monitor) -> JobResult:
     checkpoint, n_steps = folder / "step.json", job.config.optimize.n_steps
     step = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
     delay_s = SLOW_STEP_S if "slow" in job.name else STEP_S
+    rays_across = 100 if "stream" in job.name else 200
     while step < n_steps:
         command = monitor.command()
         grown = radius * (0.3 + 0.7 * step / n_steps)
-        _show(monitor, center, grown)
+        _show(monitor, center, grown, rays_across)
         if command is Command.PAUSE:
             time.sleep(0.02)
             continue
@@ -102,11 +104,11 @@ def _color(normals: np.ndarray) -> np.ndarray:
     return np.stack([longitude, latitude, 1 - longitude], -1) * stripe[..., None]
 
 
-def _show(monitor: Monitor, center: np.ndarray, radius: float) -> None:
+def _show(monitor: Monitor, center: np.ndarray, radius: float, rays_across: int) -> None:
     camera = monitor.preview_camera()
     if camera is not None:
         view = camera.c2w.numpy(), camera.intrinsics.numpy(), camera.width, camera.height
-        monitor.preview(_render(view, center, radius, max(1, camera.width // 200)), camera)
+        monitor.preview(_render(view, center, radius, max(1, camera.width // rays_across)), camera)
 
 
 def _front_view(center: np.ndarray, radius: float) -> tuple:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import bpy
 from check_jobs import made_by, painted, submit, table, use_engine
-from common import empty_scene, main, part, pump_until
+from common import empty_scene, figure, main, part, pump_until
 
 N_BLOWS = 20
 
@@ -108,6 +108,8 @@ def run() -> None:
             one_round(blow, 0.8, number)
         else:
             one_round(blow, generator.uniform(0.0, 2.5), number)
+    names = ", ".join(dict.fromkeys(blow.__name__.replace("_", " ") for blow in blows))
+    figure(f"{n_blows} random moments: {names}", "no crash, no lost result", f"{n_blows} results of {n_blows} jobs")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 import time
 
 import bpy
-from common import MODULE, empty_scene, main, part
+from common import MODULE, empty_scene, figure, main, part
 
 LIMIT_S = 0.5
 
@@ -39,6 +39,7 @@ def check_cycles() -> None:
     import addon_utils
 
     bpy.context.scene.conrad.image = bpy.data.images.new("picture", 64, 64)
+    longest = {"disable": 0.0, "enable": 0.0}
     for _ in range(5):
         started = time.perf_counter()
         addon_utils.disable(MODULE)
@@ -47,8 +48,11 @@ def check_cycles() -> None:
         assert not left, left
         addon_utils.enable(MODULE)
         ended = time.perf_counter()
-        print(f"disable {middle - started:.3f} s, enable {ended - middle:.3f} s")
-        assert middle - started < LIMIT_S and ended - middle < LIMIT_S
+        longest["disable"] = max(longest["disable"], middle - started)
+        longest["enable"] = max(longest["enable"], ended - middle)
+    for what, seconds in longest.items():
+        figure(f"{what}, the longest of 5, nothing left behind", f"{LIMIT_S} s", f"{seconds:.3f} s")
+    assert max(longest.values()) < LIMIT_S
     assert bpy.context.scene.conrad.image.name == "picture", "the file's settings outlive disabling"
     found = leftovers()
     assert len(found["handlers"]) == 6 and found["properties"] == {"conrad"} and len(found["status bar"]) == 1

@@ -49,6 +49,11 @@ def pump_until(is_done: Callable[[], bool], timeout_s: float = 60.0) -> None:
         assert time.monotonic() < end, f"not done after {timeout_s} s: {link.session().state_line()}"
 
 
+def figure(what: str, at_most: str, found: str) -> None:
+    """Print a line of the table of what the add-on must show."""
+    print(f"FIGURE | {what} | at most {at_most} | {found}", flush=True)
+
+
 def main(run: Callable[[], None]) -> None:
     """Run the checks and leave at once: bpy may crash or hang in a normal exit after it has rendered."""
     code = 1
