@@ -1,4 +1,4 @@
-"""The add-on in a real Blender window under Xvfb, driven by mouse and keyboard; screenshots to look at.
+"""The add-on in a real Blender window under Xvfb, driven by mouse and keyboard, and in `blender -b`; screenshots to look at.
 
     python tests/blender/window_smoke.py --zip dist/conrad-0.1.0.zip --root FOLDER --out SHOTS
 
@@ -7,10 +7,11 @@ FOLDER is a Debian trixie folder with Blender 4.3 and the tools, made once as ro
     debootstrap --variant=minbase trixie FOLDER
     cp /etc/resolv.conf FOLDER/etc/ && for d in proc dev sys; do mount --bind /$d FOLDER/$d; done
     chroot FOLDER apt-get update && chroot FOLDER apt-get install -y --no-install-recommends \
-        blender python3-numpy xvfb xdotool imagemagick libgl1-mesa-dri libegl1
+        blender python3-numpy xvfb xdotool imagemagick libgl1-mesa-dri libegl1 python3-xlib
 
 and its three mounts must be there (unmount them before removing it). The engine runs outside of the folder, with this
-interpreter and the ball pipeline. Positions of buttons are those of a 1280 x 900 window of Blender 4.3.
+interpreter and the ball pipeline, or with the real one and its embedded prior (`--real`). Positions of buttons are those of a
+1280 x 900 window of Blender 4.3.
 """
 
 from __future__ import annotations
@@ -33,9 +34,17 @@ INSTALL = (
     " enable_on_install=True, overwrite=True); bpy.context.preferences.view.show_splash = False;"
     " bpy.ops.wm.save_userpref()"
 )
+BATCH = (
+    "import bpy; chosen = bpy.context.preferences.addons['bl_ext.user_default.conrad'].preferences;"
+    " chosen.data_folder, chosen.engine_python = '{0}/data', '/usr/bin/python3';"
+    " bpy.context.scene.conrad.preset = 'draft';"
+    " from bl_ext.user_default.conrad import batch_run; batch_run.run('{0}/in', '{0}/{1}', '{2}')"
+)
 # Where things are, in pixels from the window's upper left.
 TAB, PICTURE_MENU, SECOND_PICTURE = (1043, 207), (799, 154), (840, 205)
 ADD_CAMERA, GENERATE, VIEW = (909, 307), (909, 212), (400, 500)
+# A dropped picture opens a menu at the mouse: Blender's own empty, then ours.
+DROPPED, USE_DROPPED = "slow_dropped", (VIEW[0] - 50, VIEW[1] - 7)
 
 
 class Window:
@@ -50,8 +59,11 @@ class Window:
         variables = f"export HOME={INSIDE}/home LIBGL_ALWAYS_SOFTWARE=1 DISPLAY={DISPLAY};"
         return ["chroot", str(self.root), "sh", "-c", f"{variables} {text}"]
 
-    def run(self, text: str) -> str:
-        return subprocess.run(self.command(text), check=True, capture_output=True, text=True, timeout=120).stdout
+    def run(self, text: str, limit_s: float = 120.0) -> str:
+        done = subprocess.run(self.command(text), capture_output=True, text=True, timeout=limit_s)
+        if done.returncode:
+            raise AssertionError(f"exit code {done.returncode}: {text}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        return done.stdout
 
     def start(self, text: str, log: str) -> None:
         with open(self.out / log, "wb") as file:
@@ -63,18 +75,25 @@ class Window:
         except (OSError, ValueError):
             return {}
 
-    def until(self, is_true: Callable[[dict], object], what: str, within_s: float = 30.0) -> dict:
+    def is_true(self, claim: Callable[[dict], object], within_s: float) -> dict:
+        """The state in which the claim holds; empty when it does not come true in time."""
         end = time.monotonic() + within_s
         while time.monotonic() < end:
             state = self.state()
             if state.get("error"):
                 raise AssertionError(state["error"])
-            if state and is_true(state):
-                print(f"{what}: yes", flush=True)
+            if state and claim(state):
                 return state
             time.sleep(0.1)
-        self.shot("failed")
-        raise AssertionError(f"{what}: not within {within_s} s; {self.state()}")
+        return {}
+
+    def until(self, claim: Callable[[dict], object], what: str, within_s: float = 30.0) -> dict:
+        state = self.is_true(claim, within_s)
+        if not state:
+            self.shot("failed")
+            raise AssertionError(f"{what}: not within {within_s} s; {self.state()}")
+        print(f"{what}: yes", flush=True)
+        return state
 
     def shot(self, name: str) -> None:
         self.run(f"import -window root {INSIDE}/shot.png")
@@ -85,6 +104,17 @@ class Window:
         self.focus()
         self.run(f"xdotool mousemove {x - 3} {y - 2}; sleep 0.1; xdotool mousemove {x} {y}; sleep 0.4;"
                  " xdotool mousedown 1; sleep 0.15; xdotool mouseup 1; sleep 0.4")  # fmt: skip
+
+    def click_until(self, place: tuple[int, int], claim: Callable[[dict], object], what: str) -> dict:
+        """A click that comes while a menu is still closing is swallowed by it, so it may take several."""
+        for _ in range(3):
+            self.click(place)
+            if self.is_true(claim, 8.0):
+                break
+        return self.until(claim, what, 1.0)
+
+    def drop(self, file: str, place: tuple[int, int]) -> str:
+        return self.run(f"python3 {INSIDE}/drop_file.py {INSIDE}/{file} {place[0]} {place[1]} Blender")
 
     def focus(self) -> None:
         """There is no window manager that would do it."""
@@ -111,40 +141,59 @@ class Window:
                 process.kill()
 
 
-def drive(window: Window) -> None:
+def drive(window: Window, job_limit_s: float) -> None:
     """The artist's way from an empty window to the object and back."""
     window.until(lambda s: s["sidebar"].get("height"), "window and add-on are up", 60)
     time.sleep(1.0)
-    window.click(TAB)
-    window.until(lambda s: s["sidebar"]["tab"] == "ConRad", "a click opens the tab")
+    window.click_until(TAB, lambda s: s["sidebar"]["tab"] == "ConRad", "a click opens the tab")
+    window.shot("0_tab")
     window.click(PICTURE_MENU)
-    time.sleep(0.5)
+    time.sleep(1.0)
     window.click(SECOND_PICTURE)
     window.until(lambda s: s["picture"] == "slow pot", "a picture is chosen in the list")
-    window.click(ADD_CAMERA)
-    window.until(lambda s: s["camera"], "the camera is added")
-    window.shot("1_camera")
-    window.click(GENERATE)
-    window.until(lambda s: s["job"] == "running" and s["step"] > 3, "the job runs")
+    window.drop(f"{DROPPED}.png", VIEW)
+    time.sleep(1.0)
+    window.shot("1_drop")
+    window.click_until(
+        USE_DROPPED, lambda s: s["picture"].startswith(DROPPED), "a file dropped onto the viewport is the picture"
+    )
+    window.click_until(ADD_CAMERA, lambda s: s["camera"], "the camera is added")
+    window.shot("2_camera")
+    window.click_until(GENERATE, lambda s: s["job"], "Generate sends a job")
+    window.until(lambda s: s["job"] == "running" and s["step"] > 3, "the job runs", job_limit_s)
     window.until(lambda s: s["is_drawn"], "the overlay is drawn")
-    window.shot("2_running")
+    window.shot("3_running")
     serial = window.state()["serial"]
     window.drag(VIEW, (160, 40))
     window.until(lambda s: s["serial"] > serial + 1, "the preview follows the view")
     time.sleep(1.5)
-    window.shot("3_orbit")
-    state = window.until(lambda s: len(s["made"]) == 1, "the object is there", 60)
+    window.shot("4_orbit")
+    state = window.until(lambda s: len(s["made"]) == 1, "the object is there", job_limit_s)
     n_objects = state["n_undone"]
     time.sleep(0.5)
-    window.shot("4_object")
+    window.shot("5_object")
     window.key("ctrl+z")
     window.until(lambda s: not s["made"] and s["n_undone"] == n_objects - 1 and s["camera"], "one undo takes it away")
     window.key("ctrl+shift+z")
     state = window.until(lambda s: len(s["made"]) == 1, "redo brings it back")
-    window.shot("5_redo")
-    print(
-        f"{state['ticks']} ticks: p99 {state['tick_p99_ms']:.1f} ms, longest {state['tick_longest_ms']} ms (software GL)"
-    )
+    window.shot("6_redo")
+    print(f"{state['ticks']} ticks: p99 {state['tick_p99_ms']:.1f} ms (software GL, load {os.getloadavg()[0]:.1f})")
+    for name, milliseconds in state["longest_ms"].items():
+        print(f"longest {name}: {milliseconds:.1f} ms")
+
+
+def convert_folder(window: Window, limit_s: float) -> None:
+    """`blender -b --python-expr` converts a folder, once to GLB files and once to a library; a bad picture fails alone."""
+    (window.folder / "in").mkdir()
+    shutil.copy(window.folder / f"{DROPPED}.png", window.folder / "in" / "robot.png")
+    (window.folder / "in" / "bad.png").write_bytes(b"no picture")
+    for folder, output, made in (("glb", "GLB", "robot.glb"), ("library", "LIBRARY", "robot.blend")):
+        expression = BATCH.format(INSIDE, folder, output)
+        print(window.run(f'blender -b --python-exit-code 1 --python-expr "{expression}"', limit_s))
+        items = json.loads((window.folder / folder / "conrad_batch.json").read_text())["items"]
+        assert {item["picture"]: item["state"] for item in items} == {"robot.png": "done", "bad.png": "failed"}, items
+        assert (window.folder / folder / made).stat().st_size > 100, made
+        print(f"blender -b makes {made}: yes", flush=True)
 
 
 def main() -> int:
@@ -153,6 +202,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, required=True, help="folder with Blender in it")
     parser.add_argument("--out", type=Path, required=True, help="folder of the screenshots")
     parser.add_argument("--picture", type=Path, default=ROOT / "tests" / "pictures" / "robot.png")
+    parser.add_argument("--real", action="store_true", help="the real engine with its prior instead of the ball")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     window = Window(options.root.resolve(), options.out.resolve())
@@ -160,10 +210,13 @@ def main() -> int:
     (window.folder / "home").mkdir(parents=True)
     (window.folder / "data").mkdir()
     shutil.copy(options.zip, window.folder / "conrad.zip")
-    shutil.copy(options.picture, window.folder / options.picture.name)
-    shutil.copy(Path(__file__).with_name("window_state.py"), window.folder)
+    for name in ("listed", DROPPED):
+        shutil.copy(options.picture, window.folder / f"{name}.png")
+    for script in ("window_state.py", "drop_file.py"):
+        shutil.copy(Path(__file__).with_name(script), window.folder)
     engine_command = [sys.executable, "-m", "conrad_engine", "serve", "--devices", "cpu"]
-    engine_command += ["--data", str(window.folder / "data"), "--pipeline", "tests.blender.ball_pipeline"]
+    engine_command += ["--data", str(window.folder / "data")]
+    engine_command += [] if options.real else ["--pipeline", "tests.blender.ball_pipeline"]
     with open(options.out / "engine.log", "wb") as log:
         engine = subprocess.Popen(
             engine_command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log, cwd=ROOT
@@ -174,10 +227,11 @@ def main() -> int:
         window.run(f'blender -b --python-expr "{INSTALL.format(INSIDE)}"')
         window.start(
             f"blender --window-geometry 0 0 {SIZE[0]} {SIZE[1]} --python {INSIDE}/window_state.py --"
-            f" {INSIDE}/state.json {INSIDE}/data {INSIDE}/{options.picture.name}",
+            f" {INSIDE}/state.json {INSIDE}/data {INSIDE}/listed.png",
             "blender.log",
         )
-        drive(window)
+        drive(window, job_limit_s=900 if options.real else 60)
+        convert_folder(window, limit_s=900 if options.real else 120)
     finally:
         window.close()
         engine.terminate()

@@ -8,12 +8,54 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from time import perf_counter
+from typing import Any
 
 import bpy
 
 MODULE = "bl_ext.user_default.conrad"
 STATE_FILE, DATA_FOLDER, PICTURE = sys.argv[sys.argv.index("--") + 1 :][:3]
+
+longest_s: dict[str, float] = {}
+"""Of everything that Blender calls, by its name."""
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    started = perf_counter()
+    try:
+        yield
+    finally:
+        longest_s[name] = max(longest_s.get(name, 0.0), perf_counter() - started)
+
+
+def timed_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    # Blender passes as many arguments as the function names.
+    def call(self, context):  # noqa: ANN001, ANN202
+        with timed(name):
+            return function(self, context)
+
+    return call
+
+
+def drawn() -> None:
+    with timed("overlay"):
+        import_module(f"{MODULE}.overlay")._draw()
+
+
+def watch() -> None:
+    """Time panels, operators and the overlay; the add-on times its ticks itself."""
+    overlay = import_module(f"{MODULE}.overlay")
+    for name in ("panels", "operators_engine", "operators_camera", "operators_job", "operators_batch", "operators_ui"):
+        for cls in import_module(f"{MODULE}.{name}").CLASSES:
+            for method in ("draw", "execute"):
+                if method in dir(cls) and cls.__module__.startswith(MODULE):
+                    setattr(cls, method, timed_method(f"{cls.__name__}.{method}", getattr(cls, method)))
+    bpy.types.SpaceView3D.draw_handler_remove(overlay._handle, "WINDOW")
+    overlay._handle = bpy.types.SpaceView3D.draw_handler_add(drawn, (), "WINDOW", "POST_VIEW")
 
 
 def prepare() -> None:
@@ -60,7 +102,10 @@ def tell() -> float:
         "n_undone": len(bpy.data.objects),
         "ticks": len(ticks),
         "tick_p99_ms": 1e3 * ticks[int(0.99 * (len(ticks) - 1))] if ticks else 0.0,
-        "tick_longest_ms": [round(1e3 * t, 1) for t in ticks[-3:]],
+        "longest_ms": {
+            name: round(1e3 * seconds, 1)
+            for name, seconds in sorted({**longest_s, "tick": ticks[-1] if ticks else 0.0}.items(), key=lambda x: -x[1])
+        },
         "error": link.last_error,
     }
     with open(STATE_FILE + ".part", "w", encoding="utf-8") as file:
@@ -70,6 +115,7 @@ def tell() -> float:
 
 
 def begin() -> None:
+    watch()
     prepare()
     bpy.app.timers.register(tell, first_interval=0.1, persistent=True)
 
