@@ -14,6 +14,10 @@ from . import scene_tools
 
 CAMERA_NAME, PROXY_NAME = "ConRad Reference", "ConRad Proxy"
 SENSOR_MM = 36.0
+ALPHA_DEPTHS = (32, 64, 128)
+"""Bits a pixel of pictures that have alpha; Blender gives all four channels, whatever the file has."""
+OUTLINE_SIDE = 1024
+"""Pixels along a picture's larger side that are looked at for its outline."""
 
 
 class CannotUseCamera(Exception):
@@ -264,14 +268,17 @@ def fit_to_picture(item: bpy.types.Object, image: bpy.types.Image) -> None:
 def outline_box(image: bpy.types.Image) -> tuple[float, float, float, float] | None:
     """The box of the object in the picture by its alpha, pixels, or None when alpha says nothing."""
     width, height = image.size
-    if image.channels != 4 or not image.has_data and image.source == "FILE" and not image.filepath:
+    if image.depth not in ALPHA_DEPTHS or not image.has_data and image.source == "FILE" and not image.filepath:
         return None
     if width * height * image.channels != len(image.pixels):
         return None
     pixels = np.empty(width * height * image.channels, np.float32)
     image.pixels.foreach_get(pixels)
-    alpha = pixels.reshape(height, width, image.channels)[::-1, :, 3]
-    return cm.box_of_mask(alpha > 0.5)
+    # Every pixel of a large picture would take time and tell no more.
+    step = max(1, max(width, height) // OUTLINE_SIDE)
+    alpha = pixels.reshape(height, width, image.channels)[::-1, :, 3][::step, ::step]
+    box = cm.box_of_mask(alpha > 0.5)
+    return None if box is None else tuple(step * edge for edge in box)
 
 
 # Looking through it

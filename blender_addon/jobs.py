@@ -229,13 +229,14 @@ class JobTable:
         """Keep a job that the engine has not confirmed yet: it is sent even if Blender dies now."""
         if self._folder is None:
             return
-        frames = [bytes(frame) for frame in encode(request)]
         partial = self._folder / f"{request.job}.part"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
-                for frame in frames:
-                    file.write(len(frame).to_bytes(8, "little") + frame)
+                for frame in encode(request):
+                    # Not joined: a large picture would be copied twice while Blender waits.
+                    file.write(len(frame).to_bytes(8, "little"))
+                    file.write(frame)
             os.replace(partial, self._folder / f"{request.job}.unsent")
         except OSError:
             # A full disk: the job is still sent, only not after a crash.

@@ -49,11 +49,11 @@ def session_state() -> State:
 def state_text() -> str:
     if operators_engine.running_setup is not None:
         return "Setting up the engine"
-    return link.session().state_line() if link.has_session() else session_state().value
+    return link.session().state_words() if link.has_session() else session_state().value
 
 
 def draw_state(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
-    """The line that is always there: the engine's state, and the one thing to do about it."""
+    """What is always there: the engine's state, the one thing to do about it, and below it device and free memory."""
     state = session_state()
     row = layout.row(align=True)
     row.alert = state in (State.CRASHED, State.NOT_RESPONDING)
@@ -65,6 +65,10 @@ def draw_state(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
     elif state not in (State.NOT_SET_UP,):
         row.operator("conrad.stop_engine", text="", icon="QUIT")
     row.operator("conrad.show_preferences", text="", icon="PREFERENCES")
+    details = link.session().details() if link.has_session() else []
+    if details:
+        # A line of its own: names of devices are long, and the free memory behind one would not be seen.
+        wrapped(layout, ", ".join(details), context.region.width, "BLANK1")
 
 
 def draw_setup(layout: bpy.types.UILayout) -> str:

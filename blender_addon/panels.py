@@ -26,11 +26,9 @@ class Main(ConradPanel):
             and context.space_data.image is not None
         ):
             layout.operator("conrad.use_shown_picture", icon="IMAGE_DATA")
-        row = layout.row(heading="Mask")
-        row.prop(settings, "use_mask", text="")
-        sub = row.row()
-        sub.active = settings.use_mask
-        sub.template_ID(settings, "mask", open="image.open")
+        layout.prop(settings, "use_mask")
+        if settings.use_mask:
+            layout.template_ID(settings, "mask", open="image.open")
         self._draw_generate(layout, context)
 
     def _draw_generate(self, layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
@@ -94,7 +92,7 @@ class Settings(ConradPanel):
         layout.prop(settings, "seed")
         column = layout.column(align=True)
         column.prop(settings, "texture_size")
-        column.prop(settings, "n_faces")
+        column.prop(settings, "n_faces", text="Faces" if settings.n_faces else "Faces (Auto)")
         layout.prop(settings, "extra")
         column = layout.column(align=True)
         column.prop(settings, "size")
@@ -135,7 +133,9 @@ class Camera(ConradPanel):
         if settings.previous_x:
             row = layout.row()
             row.operator(
-                "conrad.leave_camera", icon="LOOP_BACK", text=f"Restore {settings.previous_x} x {settings.previous_y}"
+                "conrad.leave_camera",
+                icon="LOOP_BACK",
+                text=f"Restore Render Size {settings.previous_x} x {settings.previous_y}",
             )
         space = context.space_data
         if space.type == "VIEW_3D":

@@ -15,12 +15,9 @@ class Engine(ConradPanel):
     def draw(self, context: bpy.types.Context) -> None:
         layout = self.layout
         status = link.session().status if link.has_session() else None
-        if status is not None:
-            column = layout.column(align=True)
-            column.label(text=status.device or "Looking for the device", icon="MEMORY", translate=False)
-            if status.total_memory_bytes:
-                free, total = status.free_memory_bytes / 2**30, status.total_memory_bytes / 2**30
-                column.label(text=f"{free:.1f} of {total:.1f} GB free", icon="BLANK1", translate=False)
+        if status is not None and status.total_memory_bytes:
+            free, total = status.free_memory_bytes / 2**30, status.total_memory_bytes / 2**30
+            layout.label(text=f"{free:.1f} of {total:.1f} GB free", icon="MEMORY", translate=False)
         row = layout.row(align=True)
         row.operator("conrad.start_engine", text="Start", icon="PLAY")
         row.operator("conrad.stop_engine", text="Stop", icon="QUIT")

@@ -90,7 +90,7 @@ class Results(ConradPanel):
             row.prop(settings, "extra_steps", text="Steps")
             row = layout.row(align=True)
             row.operator("conrad.extract", icon="MESH_ICOSPHERE")
-            row.prop(settings, "extract_resolution", text="Res.")
+            row.prop(settings, "extract_resolution", text="Res." if settings.extract_resolution else "Res. (Same)")
         row = layout.row(align=True)
         row.operator("conrad.reuse_settings", text="Reuse Settings", icon="LOOP_BACK")
         row.operator("conrad.camera_of_result", text="Camera", icon="CAMERA_DATA")

@@ -94,6 +94,8 @@ def pixels_of(image: bpy.types.Image) -> np.ndarray:
         raise NoPicture(f"The picture {image.name} has no pixels: its file is missing or nothing was rendered yet")
     values = np.empty(n_values, np.float32)
     image.pixels.foreach_get(values)
+    if not image.is_float and image.channels == 4:
+        return _bytes_on_top(values.reshape(height, width, 4))
     pixels = values.reshape(height, width, image.channels)[::-1]
     rgba = np.ones((height, width, 4), np.float32)
     rgba[..., : min(image.channels, 4)] = pixels[..., :4]
@@ -103,6 +105,20 @@ def pixels_of(image: bpy.types.Image) -> np.ndarray:
         rgba[..., :3] /= np.maximum(rgba[..., 3:], 1e-6)
         rgba[..., :3] = _linear_to_srgb(np.clip(rgba[..., :3], 0, 1))
     return (np.clip(rgba, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _bytes_on_top(values: np.ndarray) -> np.ndarray:
+    """[0, 1] floats, bottom row first -> bytes, top row first. The floats are used up: in blocks that stay in the
+    processor's cache it takes a quarter of the time, which Blender spends waiting."""
+    height, width = values.shape[:2]
+    rgba = np.empty(values.shape, np.uint8)
+    n_rows = max(1, 16384 // width)
+    for bottom in range(0, height, n_rows):
+        block = values[bottom : bottom + n_rows]
+        block *= 255
+        block += 0.5
+        rgba[height - bottom - len(block) : height - bottom] = block[::-1]
+    return rgba
 
 
 def _linear_to_srgb(linear: np.ndarray) -> np.ndarray:

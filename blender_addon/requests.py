@@ -20,7 +20,7 @@ def why_not(context: bpy.types.Context) -> str:
     """The reason why Generate is grey, or nothing. Called while drawing: it looks at nothing but settings."""
     settings = context.scene.conrad
     if settings.image is None:
-        return "Choose a picture first"
+        return "Choose a picture first: open one, or drop an image file onto the viewport"
     if settings.use_mask and settings.mask is None:
         return "Choose a mask image, or switch Mask Image off"
     if settings.use_start and settings.start is None:

@@ -174,19 +174,25 @@ class Session:
         return State.STOPPED if self.settings.python or self.settings.is_remote else State.NOT_SET_UP
 
     def state_line(self) -> str:
-        """The line that is always visible: state, device and free memory, or what is wrong."""
-        state = self.state
-        if state in (State.READY, State.BUSY) and self.status is not None:
-            words = [state.value]
-            words += [self.status.device] if self.status.device else []
-            if self.status.total_memory_bytes:
-                words.append(f"{self.status.free_memory_bytes / 2**30:.1f} GB free")
-            if self.status.workers in ("starting", "stopped", "crashed"):
-                words.append({"starting": "loading", "stopped": "memory freed"}.get(self.status.workers, "worker lost"))
-            return " - ".join(words)
-        if state is State.CRASHED:
+        """State, device and free memory, or what is wrong, in one line."""
+        return " - ".join([self.state_words(), *self.details()])
+
+    def state_words(self) -> str:
+        """The state, or what is wrong."""
+        if self.state is State.CRASHED:
             return self.problem or self.launcher.crash_report(1).splitlines()[0]
-        return state.value
+        return self.state.value
+
+    def details(self) -> list[str]:
+        """Device, free memory and what the worker does, of an engine that answers."""
+        if self.status is None or self.state not in (State.READY, State.BUSY):
+            return []
+        words = [self.status.device] if self.status.device else []
+        if self.status.total_memory_bytes:
+            words.append(f"{self.status.free_memory_bytes / 2**30:.1f} GB free")
+        if self.status.workers in ("starting", "stopped", "crashed"):
+            words.append({"starting": "loading", "stopped": "memory freed"}.get(self.status.workers, "worker lost"))
+        return words
 
     def poll(self, now: float | None = None) -> list[Event]:
         """Go on: a few milliseconds, whatever happens.

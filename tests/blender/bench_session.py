@@ -26,8 +26,9 @@ from common import empty_scene, figure, main, part, preferences  # noqa: E402
 
 SECONDS = 10.0
 TICK_S = 0.04
-PREVIEW_EVERY_S = 0.1
 SIDE = 512
+PICTURE = (1280, 960)
+"""A painted one: its pixels are read twice, which takes longer the larger it is."""
 AIM_TICK_S, AIM_STALL_S, AIM_IMPORT_S = 0.010, 0.050, 1.0
 TOLERANCE = 6
 """Of wall time on a machine with other work."""
@@ -78,7 +79,7 @@ def set_up(watch: Watch) -> None:
 
 def generate(watch: Watch) -> Any:
     scene = bpy.context.scene
-    scene.conrad.image = painted("stream pot", 640, 480)
+    scene.conrad.image = painted("stream pot", *PICTURE)
     scene.conrad.texture_size, scene.conrad.n_faces = "2048", 500_000
     scene.conrad.extra = "optimize.n_steps=3000"
     watch.call("press Add Reference Camera", bpy.ops.conrad.add_camera)
@@ -90,11 +91,11 @@ def generate(watch: Watch) -> Any:
 
 def stream(watch: Watch, job: Any) -> float:
     """Previews as fast as the overlay asks for them while the view moves; returns how many came a second."""
-    link, protocol = part("link"), part("protocol")
+    link, protocol, every_s = part("link"), part("protocol"), part("overlay").ASK_EVERY_S
     n_previews, last, serial, asked = 0, None, 0, 0.0
     began = time.monotonic()
     while time.monotonic() - began < SECONDS:
-        if time.monotonic() - asked >= PREVIEW_EVERY_S:
+        if time.monotonic() - asked >= every_s:
             asked, serial = time.monotonic(), serial + 1
             request = protocol.SetPreview(job.id, True, serial, width=SIDE, height=SIDE)
             watch.call("ask for a preview", link.session().tell, request)
@@ -143,11 +144,11 @@ def run() -> None:
         f"{longest_import:.2f} s (own {own_import:.2f} s; {load})",
     )
     figure(
-        "longest stall otherwise, from Set Up Engine to Stop Engine",
+        f"longest stall otherwise, from Set Up Engine to Stop Engine, painted picture of {PICTURE[0]} x {PICTURE[1]}",
         "50 ms",
         f"{stall * 1e3:.1f} ms in '{culprit}' (own {own_stall * 1e3:.1f} ms; {load})",
     )
-    assert n_triangles > 490_000 and rate > 9.0
+    assert n_triangles > 490_000 and rate > 8.0
     assert own_p99 <= AIM_TICK_S and own_stall <= AIM_STALL_S and own_import <= AIM_IMPORT_S
     assert p99 < TOLERANCE * AIM_TICK_S and longest_import < TOLERANCE * AIM_IMPORT_S
     assert stall < TOLERANCE * AIM_STALL_S

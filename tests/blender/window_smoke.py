@@ -178,8 +178,8 @@ def drive(window: Window, job_limit_s: float) -> None:
     state = window.until(lambda s: len(s["made"]) == 1, "redo brings it back")
     window.shot("6_redo")
     print(f"{state['ticks']} ticks: p99 {state['tick_p99_ms']:.1f} ms (software GL, load {os.getloadavg()[0]:.1f})")
-    for name, milliseconds in state["longest_ms"].items():
-        print(f"longest {name}: {milliseconds:.1f} ms")
+    for name, (wall, own) in state["longest_ms"].items():
+        print(f"longest {name}: {wall:.1f} ms, own processor time {own:.1f} ms")
 
 
 def convert_folder(window: Window, limit_s: float) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import bpy
@@ -19,17 +19,17 @@ import bpy
 MODULE = "bl_ext.user_default.conrad"
 STATE_FILE, DATA_FOLDER, PICTURE = sys.argv[sys.argv.index("--") + 1 :][:3]
 
-longest_s: dict[str, float] = {}
-"""Of everything that Blender calls, by its name."""
+longest_s: dict[str, tuple[float, float]] = {}
+"""Wall and own processor seconds of the longest call of everything that Blender calls, by its name."""
 
 
 @contextmanager
 def timed(name: str) -> Iterator[None]:
-    started = perf_counter()
+    wall, own = perf_counter(), thread_time()
     try:
         yield
     finally:
-        longest_s[name] = max(longest_s.get(name, 0.0), perf_counter() - started)
+        longest_s[name] = max(longest_s.get(name, (0.0, 0.0)), (perf_counter() - wall, thread_time() - own))
 
 
 def timed_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,6 +37,14 @@ def timed_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(self, context):  # noqa: ANN001, ANN202
         with timed(name):
             return function(self, context)
+
+    return call
+
+
+def timed_tick(pump: Callable[[], float | None]) -> Callable[[], float | None]:
+    def call() -> float | None:
+        with timed("tick"):
+            return pump()
 
     return call
 
@@ -54,6 +62,8 @@ def watch() -> None:
             for method in ("draw", "execute"):
                 if method in dir(cls) and cls.__module__.startswith(MODULE):
                     setattr(cls, method, timed_method(f"{cls.__name__}.{method}", getattr(cls, method)))
+    link = import_module(f"{MODULE}.link")
+    link.pump = timed_tick(link.pump)
     bpy.types.SpaceView3D.draw_handler_remove(overlay._handle, "WINDOW")
     overlay._handle = bpy.types.SpaceView3D.draw_handler_add(drawn, (), "WINDOW", "POST_VIEW")
 
@@ -103,8 +113,8 @@ def tell() -> float:
         "ticks": len(ticks),
         "tick_p99_ms": 1e3 * ticks[int(0.99 * (len(ticks) - 1))] if ticks else 0.0,
         "longest_ms": {
-            name: round(1e3 * seconds, 1)
-            for name, seconds in sorted({**longest_s, "tick": ticks[-1] if ticks else 0.0}.items(), key=lambda x: -x[1])
+            name: [round(1e3 * seconds, 1) for seconds in both]
+            for name, both in sorted(longest_s.items(), key=lambda item: -item[1][0])
         },
         "error": link.last_error,
     }
