@@ -41,7 +41,7 @@ def why_no_setup() -> str:
     if chosen.is_offline:
         return "" if chosen.find_links else "Choose the wheel folder to install from"
     if not bpy.app.online_access:
-        return "Allow Online Access in Preferences > System, or install from a wheel folder only"
+        return "Allow Online Access in Preferences > System, or name a folder of wheels in the add-on's preferences"
     return ""
 
 
@@ -52,19 +52,10 @@ class CONRAD_OT_set_up_engine(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        chosen = preferences.get(context)
-        if running_setup is not None:
-            cls.poll_message_set("The set-up is running")
-            return False
-        if chosen.is_offline and not chosen.find_links:
-            cls.poll_message_set("Choose the wheel folder to install from")
-            return False
-        if not (chosen.is_offline or bpy.app.online_access):
-            cls.poll_message_set(
-                "Allow Online Access in the preferences, or choose a wheel folder and Wheel Folder Only"
-            )
-            return False
-        return True
+        reason = why_no_setup()
+        if reason:
+            cls.poll_message_set(reason)
+        return not reason
 
     def invoke(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
         if preferences.get(context).is_offline:
@@ -196,6 +187,7 @@ def report_text() -> str:
         f"Blender {bpy.app.version_string}, {session.state_line()}",
         f"Engine Python: {preferences.engine_python() or 'none'}, device {preferences_now.device}",
         f"Problem: {session.problem or 'none'}",
+        session.launcher.crash_report(1) or "The engine has not crashed",
     ]
     if last_doctor is not None:
         parts.append(f"Check: {last_doctor}")

@@ -49,7 +49,20 @@ def session_state() -> State:
 def state_text() -> str:
     if operators_engine.running_setup is not None:
         return "Setting up the engine"
-    return link.session().state_words() if link.has_session() else session_state().value
+    return session_state().value
+
+
+def problems() -> list[str]:
+    """What is wrong, one text each; of an engine that died the end of its log."""
+    found = [operators_engine.last_setup_error]
+    if link.has_session():
+        own = link.session()
+        report = own.launcher.crash_report(6) if own.state is State.CRASHED else ""
+        found += [report] if report and own.problem in report else [report, own.problem]
+    if preferences.is_outdated():
+        found.append("The engine is older than the add-on: press Set Up Engine Again")
+    found.append(link.last_error.strip().splitlines()[-1] if link.last_error else "")
+    return [text for text in found if text]
 
 
 def draw_state(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
@@ -92,18 +105,12 @@ def draw_setup(layout: bpy.types.UILayout) -> str:
 def draw_trouble(layout: bpy.types.UILayout, width: int) -> None:
     """What is wrong with the engine, and the ways out."""
     state = session_state()
-    if state is State.NOT_SET_UP and not preferences.get().use_remote:
+    is_missing = state is State.NOT_SET_UP and not preferences.get().use_remote
+    if is_missing or operators_engine.running_setup is not None:
         reason = draw_setup(layout)
         if reason:
             wrapped(layout, reason, width, "INFO")
-    problems = [operators_engine.last_setup_error]
-    if link.has_session():
-        own = link.session()
-        problems.append(own.problem if state is not State.CRASHED else own.launcher.crash_report(6) or own.problem)
-    if preferences.is_outdated():
-        problems.append("The engine is older than the add-on: press Set Up Engine Again")
-    problems.append(link.last_error.strip().splitlines()[-1] if link.last_error else "")
-    shown = [problem for problem in problems if problem]
+    shown = problems()
     if not shown:
         return
     box = layout.box()
@@ -113,7 +120,7 @@ def draw_trouble(layout: bpy.types.UILayout, width: int) -> None:
     row = box.row(align=True)
     row.operator("conrad.open_log", icon="TEXT")
     row.operator("conrad.copy_report", icon="COPYDOWN")
-    if preferences.is_outdated():
+    if preferences.is_outdated() and operators_engine.running_setup is None:
         draw_setup(box)
 
 

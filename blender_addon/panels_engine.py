@@ -5,7 +5,7 @@ from __future__ import annotations
 import bpy
 
 from . import link, operators_engine, preferences
-from .panel_parts import STATE_ICONS, ConradPanel, draw_setup, session_state, state_text, wrapped
+from .panel_parts import STATE_ICONS, ConradPanel, draw_setup, problems, session_state, state_text, wrapped
 
 
 class Engine(ConradPanel):
@@ -47,8 +47,8 @@ def draw_preferences(
         if reason:
             wrapped(box, reason, width, "INFO")
     draw_doctor(box, width)
-    if operators_engine.last_setup_error:
-        wrapped(box, operators_engine.last_setup_error, width, "ERROR")
+    for problem in problems():
+        wrapped(box, problem.splitlines()[0], width, "ERROR")
     layout.prop(chosen, "device")
     layout.prop(chosen, "idle_minutes")
     layout.prop(chosen, "free_before_render")

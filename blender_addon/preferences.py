@@ -53,7 +53,7 @@ class ConradPreferences(bpy.types.AddonPreferences):
         name="Jobs Folder", subtype="DIR_PATH", description="Where the engine keeps jobs; empty takes its usual place"
     )
     idle_minutes: FloatProperty(
-        name="Stop When Idle", min=0.0, default=0.0, description="Minutes without work; 0 keeps it running"
+        name="Stop When Idle (Minutes)", min=0.0, precision=1, description="Minutes without work; 0 keeps it running"
     )
     use_remote: BoolProperty(
         name="Remote Engine", description="Use an engine on another machine instead of one on this machine"

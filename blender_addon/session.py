@@ -175,13 +175,9 @@ class Session:
 
     def state_line(self) -> str:
         """State, device and free memory, or what is wrong, in one line."""
-        return " - ".join([self.state_words(), *self.details()])
-
-    def state_words(self) -> str:
-        """The state, or what is wrong."""
         if self.state is State.CRASHED:
             return self.problem or self.launcher.crash_report(1).splitlines()[0]
-        return self.state.value
+        return " - ".join([self.state.value, *self.details()])
 
     def details(self) -> list[str]:
         """Device, free memory and what the worker does, of an engine that answers."""

@@ -6,7 +6,7 @@ import sys
 import time
 
 import bpy
-from common import MODULE, empty_scene, figure, main, part
+from common import MODULE, empty_scene, figure, main, part, pump_until
 
 LIMIT_S = 0.5
 
@@ -82,6 +82,22 @@ def check_first_use() -> None:
     assert "wheel folder" in operators.why_no_setup()
 
 
+def check_dead_engine() -> None:
+    """An engine that cannot run: a short state, its last words once, and an open breaker that says so."""
+    preferences, parts, session = part("preferences"), part("panel_parts"), part("link").session()
+    preferences.get().engine_python = sys.executable
+    bpy.ops.conrad.start_engine()
+    pump_until(lambda: session.launcher.exit_code is not None and not session.launcher.is_running)
+    assert parts.state_text() == "Crashed"
+    [problem] = parts.problems()
+    assert "exit code 1" in problem and "No module named conrad_engine" in problem, problem
+    session.problem = "The engine failed 3 times in a row"
+    assert parts.problems()[-1] == "The engine failed 3 times in a row", "it is not hidden by the report"
+    assert "exit code 1" in part("operators_engine").report_text()
+    session.problem = preferences.get().engine_python = ""
+    part("link").refresh_settings()
+
+
 def check_drop() -> None:
     """A dropped file becomes the picture; something else is refused in words."""
     scene = bpy.context.scene
@@ -114,6 +130,7 @@ def check_texts() -> None:
 def run() -> None:
     check_cycles()
     check_first_use()
+    check_dead_engine()
     check_drop()
     check_texts()
     sys.stdout.flush()
