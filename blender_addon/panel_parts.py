@@ -20,6 +20,14 @@ STATE_ICONS = {
     State.NOT_RESPONDING: "QUESTION",
     State.CRASHED: "ERROR",
 }
+STATE_HINTS = {
+    State.STOPPED: "Starts when it is needed",
+    State.STARTING: "This takes some seconds",
+    State.READY: "Looking for the device",
+    State.BUSY: "Looking for the device",
+    State.NOT_RESPONDING: "Jobs go on when it answers",
+}
+"""Below the state while the engine has told nothing."""
 
 
 class ConradPanel:
@@ -78,10 +86,11 @@ def draw_state(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
     elif state not in (State.NOT_SET_UP,):
         row.operator("conrad.stop_engine", text="", icon="QUIT")
     row.operator("conrad.show_preferences", text="", icon="PREFERENCES")
-    details = link.session().details() if link.has_session() else []
+    # A line of its own: names of devices are long, and the free memory behind one would not be seen.
+    details = ", ".join(link.session().details()) if link.has_session() else ""
+    details = details or STATE_HINTS.get(state, "")
     if details:
-        # A line of its own: names of devices are long, and the free memory behind one would not be seen.
-        wrapped(layout, ", ".join(details), context.region.width, "BLANK1")
+        wrapped(layout, details, context.region.width, "BLANK1")
 
 
 def draw_setup(layout: bpy.types.UILayout) -> str:

@@ -56,11 +56,7 @@ class Preview(ConradPanel):
         job = link.session().table.shown()
         if job is None:
             return
-        icon = thumbnails.live_icon(job.id)
-        if icon:
-            layout.template_icon(icon, scale=9.0)
-        else:
-            layout.label(text="Waiting for the First Picture")
+        layout.template_icon(thumbnails.live_icon(job.id), scale=9.0)
         layout.prop(settings, "use_overlay")
         row = layout.row()
         row.active = settings.use_overlay

@@ -23,6 +23,7 @@ GUIDANCES = (
     ("embedded", "Built-In", "The small prior that ships with the engine; needs no download"),
     ("stable_diffusion", "Stable Diffusion", "Follows a text prompt; its model must be installed in the engine"),
     ("zero123", "Zero123", "Knows views of objects; its model must be installed in the engine"),
+    ("mixture", "Mixture", "Zero123 and Stable Diffusion together; both models must be installed in the engine"),
 )
 PRESETS = (
     ("draft", "Draft", "Fastest: a first look at the shape"),
@@ -52,7 +53,7 @@ BATCH_OUTPUTS = (
     ("GLB", "GLB Files", "One .glb file for each picture"),
 )
 # Prompts mean something to these only.
-PROMPTED = ("stable_diffusion",)
+PROMPTED = ("stable_diffusion", "mixture")
 
 
 def _picture_changed(settings: ConradSettings, context: bpy.types.Context) -> None:

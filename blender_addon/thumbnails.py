@@ -35,8 +35,13 @@ def picture_icon(path: str) -> int:
 
 
 def live_icon(job_id: str) -> int:
-    """Icon number of the live preview, 0 while there is none of this job."""
-    return _icons["live"].icon_id if _icons is not None and _live_job == job_id and "live" in _icons else 0
+    """Icon number of the live preview; while there is none of this job, that of an empty frame.
+
+    The frame keeps its place: panels below a growing one are drawn over it until the next redraw.
+    """
+    if _icons is None:
+        return 0
+    return _icons["live" if _live_job == job_id and "live" in _icons else "none"].icon_id
 
 
 def _take(events: list[Event]) -> None:
@@ -107,6 +112,7 @@ def _show(name: str, rgba: np.ndarray) -> None:
 def register() -> None:
     global _icons
     _icons = bpy.utils.previews.new()
+    _show("none", np.array([[[1.0, 1.0, 1.0, 0.06]]], np.float32))
     link.listeners.append(_take)
 
 

@@ -23,6 +23,6 @@ def describe_device(name: str) -> WorkerReady:
         label = "Apple GPU"
     guidances = ["embedded"]
     if importlib.util.find_spec("diffusers") is not None and importlib.util.find_spec("transformers") is not None:
-        guidances += ["stable_diffusion", "zero123"]
+        guidances += ["stable_diffusion", "zero123", "mixture"]
     n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
     return WorkerReady(f"{device.type}: {label}", n_devices, free_memory(device), total, tuple(guidances))

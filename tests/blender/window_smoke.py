@@ -41,8 +41,8 @@ BATCH = (
     " from bl_ext.user_default.conrad import batch_run; batch_run.run('{0}/in', '{0}/{1}', '{2}')"
 )
 # Where things are, in pixels from the window's upper left.
-TAB, PICTURE_MENU, SECOND_PICTURE = (1043, 207), (799, 154), (840, 205)
-ADD_CAMERA, GENERATE, VIEW = (909, 307), (909, 212), (400, 500)
+TAB, PICTURE_MENU, SECOND_PICTURE = (1043, 207), (799, 175), (840, 226)
+ADD_CAMERA, GENERATE, VIEW = (909, 328), (909, 233), (400, 500)
 # A dropped picture opens a menu at the mouse: Blender's own empty, then ours.
 DROPPED, USE_DROPPED = "slow_dropped", (VIEW[0] - 50, VIEW[1] - 7)
 
@@ -55,19 +55,19 @@ class Window:
         self.folder = Path(f"{root}{INSIDE}")
         self._processes: list[subprocess.Popen] = []
 
-    def command(self, text: str) -> list[str]:
+    def inside(self, text: str) -> list[str]:
         variables = f"export HOME={INSIDE}/home LIBGL_ALWAYS_SOFTWARE=1 DISPLAY={DISPLAY};"
         return ["chroot", str(self.root), "sh", "-c", f"{variables} {text}"]
 
     def run(self, text: str, limit_s: float = 120.0) -> str:
-        done = subprocess.run(self.command(text), capture_output=True, text=True, timeout=limit_s)
+        done = subprocess.run(self.inside(text), capture_output=True, text=True, timeout=limit_s)
         if done.returncode:
             raise AssertionError(f"exit code {done.returncode}: {text}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         return done.stdout
 
     def start(self, text: str, log: str) -> None:
         with open(self.out / log, "wb") as file:
-            self._processes.append(subprocess.Popen(self.command("exec " + text), stdout=file, stderr=file))
+            self._processes.append(subprocess.Popen(self.inside("exec " + text), stdout=file, stderr=file))
 
     def state(self) -> dict:
         try:
@@ -116,6 +116,10 @@ class Window:
     def drop(self, file: str, place: tuple[int, int]) -> str:
         return self.run(f"python3 {INSIDE}/drop_file.py {INSIDE}/{file} {place[0]} {place[1]} Blender")
 
+    def command(self, name: str) -> None:
+        (self.folder / "command.part").write_text(name)
+        (self.folder / "command.part").rename(self.folder / "command")
+
     def focus(self) -> None:
         """There is no window manager that would do it."""
         self.run("xdotool search --class Blender | while read w; do xdotool windowfocus $w; done; sleep 0.1")
@@ -161,13 +165,17 @@ def drive(window: Window, job_limit_s: float) -> None:
     window.shot("2_camera")
     window.click_until(GENERATE, lambda s: s["job"], "Generate sends a job")
     window.until(lambda s: s["job"] == "running" and s["step"] > 3, "the job runs", job_limit_s)
-    window.until(lambda s: s["is_drawn"], "the overlay is drawn")
+    window.until(lambda s: s["is_drawn"], "the overlay is drawn", job_limit_s)
     window.shot("3_running")
     serial = window.state()["serial"]
     window.drag(VIEW, (160, 40))
     window.until(lambda s: s["serial"] > serial + 1, "the preview follows the view")
     time.sleep(1.5)
     window.shot("4_orbit")
+    window.key("ctrl+z")
+    window.until(lambda s: not s["camera"], "undo takes the camera away in the middle of the job")
+    window.key("ctrl+shift+z")
+    window.until(lambda s: s["camera"], "redo brings it back")
     state = window.until(lambda s: len(s["made"]) == 1, "the object is there", job_limit_s)
     n_objects = state["n_undone"]
     time.sleep(0.5)
@@ -175,8 +183,22 @@ def drive(window: Window, job_limit_s: float) -> None:
     window.key("ctrl+z")
     window.until(lambda s: not s["made"] and s["n_undone"] == n_objects - 1 and s["camera"], "one undo takes it away")
     window.key("ctrl+shift+z")
-    state = window.until(lambda s: len(s["made"]) == 1, "redo brings it back")
+    window.until(lambda s: len(s["made"]) == 1, "redo brings it back")
     window.shot("6_redo")
+    window.command("import_in_edit_mode")
+    window.until(
+        lambda s: len(s["made"]) == 2 and s["mode"] == "EDIT", "a result comes in beside the work in Edit Mode"
+    )
+    for key in ("ctrl+z", "ctrl+z", "ctrl+z", "ctrl+shift+z", "ctrl+shift+z", "ctrl+shift+z"):
+        window.key(key)
+    told = window.state()["told"]
+    window.until(lambda s: s["told"] > told and len(s["made"]) == 2, "undo and redo across it leave Blender alive")
+    window.command("object_mode")
+    window.until(
+        lambda s: s["mode"] == "OBJECT" and s["render_size"] != [1920, 1080], "the picture's proportions are on"
+    )
+    window.command("other_camera")
+    state = window.until(lambda s: s["render_size"] == [1920, 1080], "another camera gives the render size back")
     print(f"{state['ticks']} ticks: p99 {state['tick_p99_ms']:.1f} ms (software GL, load {os.getloadavg()[0]:.1f})")
     for name, (wall, own) in state["longest_ms"].items():
         print(f"longest {name}: {wall:.1f} ms, own processor time {own:.1f} ms")

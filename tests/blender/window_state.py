@@ -1,6 +1,8 @@
 """Runs inside the Blender window of window_smoke.py: prepares it and tells its state through a file.
 
 blender --python window_state.py -- STATE_FILE DATA_FOLDER PICTURE
+
+A file "command" beside the state file is one line of `COMMANDS`, done once, for what the mouse cannot do reliably.
 """
 
 from __future__ import annotations
@@ -81,6 +83,37 @@ def prepare() -> None:
     bpy.ops.ed.undo_push(message="Prepared")
 
 
+def import_in_edit_mode() -> None:
+    window = bpy.context.window_manager.windows[0]
+    area = next(area for area in window.screen.areas if area.type == "VIEW_3D")
+    with bpy.context.temp_override(window=window, area=area):
+        bpy.ops.object.mode_set(mode="EDIT")
+        bpy.ops.conrad.import_result(job=next(iter(import_module(f"{MODULE}.link").session().table.jobs)))
+
+
+def object_mode() -> None:
+    window = bpy.context.window_manager.windows[0]
+    with bpy.context.temp_override(window=window):
+        if bpy.context.mode != "OBJECT":
+            bpy.ops.object.mode_set(mode="OBJECT")
+
+
+def other_camera() -> None:
+    bpy.context.window_manager.windows[0].scene.camera = bpy.data.objects["Camera"]
+
+
+COMMANDS = {function.__name__: function for function in (import_in_edit_mode, object_mode, other_camera)}
+
+
+def obey() -> None:
+    path = os.path.join(os.path.dirname(STATE_FILE), "command")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            name = file.read()
+        os.remove(path)
+        COMMANDS[name]()
+
+
 def sidebar() -> dict:
     for area in bpy.context.window_manager.windows[0].screen.areas:
         if area.type == "VIEW_3D":
@@ -94,10 +127,12 @@ def sidebar() -> dict:
 
 
 def tell() -> float:
+    obey()
     link, overlay = import_module(f"{MODULE}.link"), import_module(f"{MODULE}.overlay")
     session = link.session()
     job = next(iter(session.table.jobs.values()), None)
     settings = bpy.context.window_manager.windows[0].scene.conrad
+    render = bpy.context.window_manager.windows[0].scene.render
     ticks = sorted(link.tick_times)
     state = {
         "sidebar": sidebar(),
@@ -110,6 +145,11 @@ def tell() -> float:
         "is_drawn": overlay._shown is not None,
         "made": [item.name for item in bpy.data.objects if item.get("conrad_job")],
         "n_undone": len(bpy.data.objects),
+        "mode": bpy.context.window_manager.windows[0].view_layer.objects.active.mode
+        if bpy.context.window_manager.windows[0].view_layer.objects.active
+        else "",
+        "render_size": [render.resolution_x, render.resolution_y],
+        "told": perf_counter(),
         "ticks": len(ticks),
         "tick_p99_ms": 1e3 * ticks[int(0.99 * (len(ticks) - 1))] if ticks else 0.0,
         "longest_ms": {
