@@ -110,12 +110,12 @@ def test_what_it_shows(name, interpreter, zip_path, engine_python, tmp_path, run
 
 @pytest.mark.parametrize("interpreter", FOUND)
 @pytest.mark.parametrize("seconds", ["0", "0.8", "2"])
-def test_blender_killed_in_the_middle(seconds, interpreter, zip_path, engine_python, tmp_path, run_script):
+def test_it_shows_the_result_of_a_killed_blender(seconds, interpreter, zip_path, engine_python, tmp_path, run_script):
     (tmp_path / "data").mkdir()
     arguments = (str(zip_path), engine_python, str(tmp_path / "data"))
     with pytest.raises(AssertionError, match="submitted"):
         run_script("check_killed.py", interpreter, tmp_path, *arguments, "die", seconds)
-    run_script("check_killed.py", interpreter, tmp_path, *arguments, "collect")
+    run_script("check_killed.py", interpreter, tmp_path, *arguments, "collect", seconds)
 
 
 @pytest.mark.slow

@@ -135,7 +135,12 @@ def check_other_cameras() -> None:
     assert (scene.render.resolution_x, scene.render.resolution_y) == (300, 500)
     bpy.ops.conrad.leave_camera()
     assert (scene.render.resolution_x, scene.render.resolution_y) == (1920, 1080)
+    bpy.ops.conrad.look_through()
     existing = bpy.data.objects["Old"]
+    scene.camera = existing
+    assert camera.is_aspect_stale(scene), "another camera is active, so the size is its own again"
+    part("handlers")._give_back()
+    assert (scene.render.resolution_x, scene.render.resolution_y) == (1920, 1080) and scene.camera == existing
     existing.location, existing.rotation_euler = (0, -5, 1), (math.radians(85), 0, 0)
     scene.conrad.camera = existing
     matrix = existing.matrix_basis.copy()

@@ -186,6 +186,23 @@ def check_pictures_of_all_kinds(folder: Path) -> None:
     assert pictures.is_turned(turned) and not pictures.is_turned(turned.replace(b"\x06\0\0\0", b"\x01\0\0\0"))
 
 
+def check_render_result() -> None:
+    """What was rendered last is a picture too; nothing rendered says so, and the output settings stay as they were."""
+    pictures, camera = part("pictures"), part("camera")
+    scene = bpy.context.scene
+    scene.render.engine, scene.cycles.samples = "CYCLES", 1
+    scene.render.resolution_x, scene.render.resolution_y, scene.render.resolution_percentage = 48, 32, 50
+    scene.camera = next(item for item in bpy.data.objects if item.type == "CAMERA")
+    scene.render.image_settings.file_format = "JPEG"
+    bpy.ops.render.render()
+    image = bpy.data.images["Render Result"]
+    assert camera.picture_size(image) == (24, 16)
+    data = pictures.picture_fields(image, scene)["picture"]
+    assert data.startswith(b"\x89PNG") and data[16:24] == bytes([0, 0, 0, 24, 0, 0, 0, 16])
+    assert scene.render.image_settings.file_format == "JPEG"
+    scene.render.resolution_percentage = 100
+
+
 def check_stop() -> None:
     session = part("link").session()
     bpy.ops.conrad.free_memory()
@@ -207,6 +224,7 @@ def run() -> None:
         check_start_mesh,
         lambda: check_waiting_in_another_file(folder),
         lambda: check_pictures_of_all_kinds(folder),
+        check_render_result,
         check_stop,
     ):
         check()

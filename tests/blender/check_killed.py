@@ -1,7 +1,7 @@
 """Blender is killed in the middle of a job (first call); the next Blender brings the result in (second call).
 
 PYTHON_WITH_BPY check_killed.py ZIP ENGINE_PYTHON DATA_FOLDER die SECONDS
-PYTHON_WITH_BPY check_killed.py ZIP ENGINE_PYTHON DATA_FOLDER collect
+PYTHON_WITH_BPY check_killed.py ZIP ENGINE_PYTHON DATA_FOLDER collect SECONDS
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 
 import bpy
 from check_jobs import made_by, painted, submit, table, use_engine
-from common import empty_scene, main, part, pump_until
+from common import empty_scene, figure, main, part, pump_until
 
 
 def run() -> None:
@@ -37,6 +37,7 @@ def run() -> None:
     assert job.is_waiting and not job.wants_import, "another file is open: it waits in the list"
     bpy.ops.conrad.import_result(job=job.id)
     pump_until(lambda: made_by(job))
+    figure(f"Blender killed {sys.argv[5]} s after Generate", "no lost result", "the next Blender has it")
 
 
 if __name__ == "__main__":
