@@ -183,7 +183,9 @@ class Session:
         """Device, free memory and what the worker does, of an engine that answers."""
         if self.status is None or self.state not in (State.READY, State.BUSY):
             return []
-        words = [self.status.device] if self.status.device else []
+        kind, _, name = self.status.device.partition(": ")
+        # The name of a processor tells an artist nothing.
+        words = ["CPU" if kind == "cpu" else name or kind] if kind else []
         if self.status.total_memory_bytes:
             words.append(f"{self.status.free_memory_bytes / 2**30:.1f} GB free")
         if self.status.workers in ("starting", "stopped", "crashed"):

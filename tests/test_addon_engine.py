@@ -220,7 +220,7 @@ def test_a_session_finds_an_engine_and_runs_a_job_to_its_arrays(tmp_path):
         job = session.submit(request, Notes(request.job, "toy"))
         events = poll_until(session, lambda: job.state_name == "done")
         assert {"job", "engine"} <= {event.kind for event in events} and job.result_number == 1 and job.is_waiting
-        poll_until(session, lambda: "Ready - toy: cpu" in session.state_line())
+        poll_until(session, lambda: "Ready - cpu" in session.state_line())
         with_result_wanted(session, job)
         poll_until(session, lambda: job.result is not None)
         assert job.result.faces.shape == (100, 3)

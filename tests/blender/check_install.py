@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
 import bpy
+import numpy as np
 from common import MODULE, empty_scene, figure, main, part, pump_until
 
 LIMIT_S = 0.5
@@ -98,6 +100,38 @@ def check_dead_engine() -> None:
     part("link").refresh_settings()
 
 
+def check_own_presets() -> None:
+    """Settings are kept under a name and come back; the picture and the seed stay."""
+    settings = bpy.context.scene.conrad
+    settings.preset, settings.size, settings.seed = "fine", 0.25, 4
+    assert bpy.ops.conrad.preset_add(name="Small And Fine") == {"FINISHED"}
+    [folder] = bpy.utils.preset_paths("conrad")
+    settings.preset, settings.size, settings.seed = "draft", 2.0, 5
+    [name] = os.listdir(folder)
+    assert bpy.ops.script.execute_preset(filepath=f"{folder}/{name}", menu_idname="CONRAD_PT_presets") == {"FINISHED"}
+    assert (settings.preset, settings.size, settings.seed) == ("fine", 0.25, 5)
+    bpy.types.CONRAD_PT_presets.bl_label = "Small And Fine"
+    bpy.ops.conrad.preset_add(remove_active=True)
+    assert not os.listdir(folder)
+
+
+def check_mask() -> None:
+    """A mask is the alpha of a picture that has one, else its brightness; its top is the picture's top."""
+    pictures = part("pictures")
+    mask = bpy.data.images.new("mask", 4, 2, alpha=True)
+    bright = np.zeros((2, 4, 4), np.float32)
+    bright[..., 3], bright[1, :2, 1] = 1, 1
+    mask.pixels.foreach_set(bright.ravel())
+    array = pictures.mask_fields(mask)["mask_pixels"]
+    found = np.frombuffer(array.data, np.uint8).reshape(array.shape)
+    assert found.tolist() == [[255, 255, 0, 0], [0, 0, 0, 0]], found
+    bright[0, 3, 3] = 0.5
+    mask.pixels.foreach_set(bright.ravel())
+    array = pictures.mask_fields(mask)["mask_pixels"]
+    found = np.frombuffer(array.data, np.uint8).reshape(array.shape)
+    assert found.tolist() == [[255, 255, 255, 255], [255, 255, 255, 128]], found
+
+
 def check_drop() -> None:
     """A dropped file becomes the picture; something else is refused in words."""
     scene = bpy.context.scene
@@ -131,6 +165,8 @@ def run() -> None:
     check_cycles()
     check_first_use()
     check_dead_engine()
+    check_own_presets()
+    check_mask()
     check_drop()
     check_texts()
     sys.stdout.flush()

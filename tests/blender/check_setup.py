@@ -42,7 +42,7 @@ def run() -> None:
     assert operators.last_doctor.is_ok
     bpy.ops.conrad.start_engine()
     pump_until(lambda: session.is_connected)
-    pump_until(lambda: "cpu" in session.state_line() or "cuda" in session.state_line(), 90)
+    pump_until(lambda: session.details() and session.status.workers == "ready", 90)
     print(session.state_line())
     bpy.ops.conrad.stop_engine()
     pump_until(lambda: not session.launcher.is_running)

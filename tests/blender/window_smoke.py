@@ -169,7 +169,7 @@ def drive(window: Window, job_limit_s: float) -> None:
     window.shot("3_running")
     serial = window.state()["serial"]
     window.drag(VIEW, (160, 40))
-    window.until(lambda s: s["serial"] > serial + 1, "the preview follows the view")
+    window.until(lambda s: s["serial"] > serial + 1, "the preview follows the view", job_limit_s)
     time.sleep(1.5)
     window.shot("4_orbit")
     window.key("ctrl+z")
@@ -205,17 +205,35 @@ def drive(window: Window, job_limit_s: float) -> None:
 
 
 def convert_folder(window: Window, limit_s: float) -> None:
-    """`blender -b --python-expr` converts a folder, once to GLB files and once to a library; a bad picture fails alone."""
+    """`blender -b --python-expr` converts a folder, once to GLB files and once to a library; a bad picture fails alone,
+    and a Blender that is killed in the middle is gone on from."""
     (window.folder / "in").mkdir()
     shutil.copy(window.folder / f"{DROPPED}.png", window.folder / "in" / "robot.png")
     (window.folder / "in" / "bad.png").write_bytes(b"no picture")
     for folder, output, made in (("glb", "GLB", "robot.glb"), ("library", "LIBRARY", "robot.blend")):
-        expression = BATCH.format(INSIDE, folder, output)
-        print(window.run(f'blender -b --python-exit-code 1 --python-expr "{expression}"', limit_s))
-        items = json.loads((window.folder / folder / "conrad_batch.json").read_text())["items"]
-        assert {item["picture"]: item["state"] for item in items} == {"robot.png": "done", "bad.png": "failed"}, items
+        command = f'blender -b --python-exit-code 1 --python-expr "{BATCH.format(INSIDE, folder, output)}"'
+        if output == "GLB":
+            process = subprocess.Popen(window.inside("exec " + command))
+            end = time.monotonic() + limit_s
+            while items_of(window, folder).get("robot.png", {}).get("state") != "sent":
+                assert process.poll() is None and time.monotonic() < end, "the batch was not killed in the middle"
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+        print(window.run(command, limit_s))
+        items = items_of(window, folder)
+        assert {name: item["state"] for name, item in items.items()} == {"robot.png": "done", "bad.png": "failed"}, (
+            items
+        )
+        assert items["robot.png"]["attempts"] == 1, "a job that the engine has is not sent again"
         assert (window.folder / folder / made).stat().st_size > 100, made
         print(f"blender -b makes {made}: yes", flush=True)
+
+
+def items_of(window: Window, folder: str) -> dict[str, dict]:
+    """The batch list in an output folder, by picture; empty before it is written."""
+    path = window.folder / folder / "conrad_batch.json"
+    return {item["picture"]: item for item in json.loads(path.read_text())["items"]} if path.exists() else {}
 
 
 def main() -> int:
