@@ -141,7 +141,10 @@ def _request(item: batch.Item, scene: bpy.types.Scene) -> tuple[Submit, Notes]:
     own = batch.sidecar(path)
     fields = {**requests.job_fields(settings), **{k: own[k] for k in requests.job_fields(settings) if k in own}}
     overrides = {**requests.extra_overrides(settings.extra), **own.get("overrides", {})}
-    setup = own.get("camera") or (_scene_camera(path, scene) if settings.batch.use_scene_camera else {})
+    data = path.read_bytes()
+    if len(data) > pictures.MAX_FILE_BYTES:
+        raise batch.BatchError(f"{path.name} has {len(data) / 1e6:.0f} MB, more than the engine takes")
+    setup = own.get("camera") or (_scene_camera(path, data, scene) if settings.batch.use_scene_camera else {})
     if not setup:
         overrides.setdefault("picture.elevation_deg", float(own.get("elevation_deg", math.degrees(settings.elevation))))
         overrides.setdefault("picture.fov_deg", float(own.get("fov_deg", math.degrees(settings.fov))))
@@ -167,9 +170,6 @@ def _request(item: batch.Item, scene: bpy.types.Scene) -> tuple[Submit, Notes]:
         seed=fields["seed"],
         preset=fields["preset"],
     )
-    data = path.read_bytes()
-    if len(data) > pictures.MAX_FILE_BYTES:
-        raise batch.BatchError(f"{path.name} has {len(data) / 1e6:.0f} MB, more than the engine takes")
     request = Submit(
         notes.job,
         name=notes.name,
@@ -182,10 +182,13 @@ def _request(item: batch.Item, scene: bpy.types.Scene) -> tuple[Submit, Notes]:
     return request, notes
 
 
-def _scene_camera(path: Path, scene: bpy.types.Scene) -> dict:
+def _scene_camera(path: Path, data: bytes, scene: bpy.types.Scene) -> dict:
     item = scene.conrad.camera
     if item is None:
         raise camera.CannotUseCamera("The scene has no reference camera: add one, or use the elevation instead")
+    size = pictures.upright_size(data)
+    if size is not None:
+        return camera.setup_of(item, *size)
     try:
         image = bpy.data.images.load(str(path))
     except RuntimeError as error:

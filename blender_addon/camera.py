@@ -104,9 +104,13 @@ def job_setup(item: bpy.types.Object, image: bpy.types.Image) -> dict:
     Raises:
         CannotUseCamera: The camera cannot be a reference, or has no proxy.
     """
+    return setup_of(item, *picture_size(image))
+
+
+def setup_of(item: bpy.types.Object, width: int, height: int) -> dict:
+    """The same for a picture of this size, in pixels. Raises what `job_setup` raises."""
     lens = lens_of(item.data)
     center, size = target_of(item)
-    width, height = picture_size(image)
     pose = pose_of(item)
     depth = float((pose[:3, 3] - center) @ pose[:3, 2])
     if depth <= 0:

@@ -66,20 +66,40 @@ def file_bytes(image: bpy.types.Image) -> bytes:
 
 def is_turned(data: bytes) -> bool:
     """Whether EXIF tags in the file's head ask for rotation or mirroring."""
+    return orientation(data) not in (0, 1)
+
+
+def orientation(data: bytes) -> int:
+    """The EXIF tag: 1 is upright, 5 to 8 lie on their side; 0 where there is none."""
     at = data.find(b"Exif\0\0", 0, 200_000)
     start = at + 6 if at >= 0 else data.find(b"eXIf", 0, 200_000) + 4
     if start < 6:
-        return False
+        return 0
     tiff = data[start : start + 65_536]
     order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
     if order is None:
-        return False
+        return 0
     first = int.from_bytes(tiff[4:8], order)
     for k in range(int.from_bytes(tiff[first : first + 2], order)):
         entry = tiff[first + 2 + 12 * k : first + 14 + 12 * k]
         if int.from_bytes(entry[:2], order) == 0x0112:
-            return int.from_bytes(entry[8:10], order) not in (0, 1)
-    return False
+            return int.from_bytes(entry[8:10], order)
+    return 0
+
+
+def upright_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a PNG or JPEG file as the engine turns it, without decoding it; None for other files."""
+    size = None
+    if data.startswith(b"\x89PNG"):
+        size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    elif data.startswith(b"\xff\xd8"):
+        at = 2
+        while size is None and at + 9 <= len(data) and data[at] == 0xFF:
+            # The frame header is the first of these markers, but for three that stand between them.
+            if 0xC0 <= data[at + 1] <= 0xCF and data[at + 1] not in (0xC4, 0xC8, 0xCC):
+                size = int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return size[::-1] if size is not None and orientation(data) > 4 else size
 
 
 def pixels_of(image: bpy.types.Image) -> np.ndarray:

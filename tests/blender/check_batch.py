@@ -95,6 +95,21 @@ def check_library(folder: Path) -> None:
     assert image.packed_file is not None and cup.asset_data.tags
 
 
+def check_scene_camera(folder: Path) -> None:
+    """The scene's reference camera for every picture; without one each picture says what is missing."""
+    batch_run, table = part("batch_run"), part("link").session().table
+    settings = empty_scene().conrad
+    settings.preset, settings.batch.use_scene_camera = "draft", True
+    opened = batch_run.run(str(folder / "in"), str(folder / "no_camera"), "GLB", pattern="cup.png", timeout_s=60)
+    assert "no reference camera" in opened.items[0].error
+    settings.image = bpy.data.images.load(str(folder / "in" / "cup.png"))
+    bpy.ops.conrad.add_camera()
+    opened = batch_run.run(str(folder / "in"), str(folder / "camera"), "GLB", pattern="cup.png", timeout_s=60)
+    setup = table.jobs[opened.items[0].job].notes.setup
+    assert opened.items[0].state == "done" and (setup["width"], setup["height"]) == (32, 24)
+    assert setup == part("camera").job_setup(settings.camera, settings.image)
+
+
 def check_retry(folder: Path) -> None:
     """The failed one is mended and done again."""
     batch_run = part("batch_run")
@@ -117,6 +132,7 @@ def run() -> None:
     check_resuming(folder)
     check_library(folder)
     check_retry(folder)
+    check_scene_camera(folder)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,13 @@ def check_pictures_of_all_kinds(folder: Path) -> None:
     else:
         raise AssertionError("a file that is no picture was sent")
     turned = b"\xff\xd8\xff\xe1\x00\x20Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+    image.filepath_raw, image.file_format = str(folder / "photo.jpg"), "JPEG"
+    image.save()
+    photo = (folder / "photo.jpg").read_bytes()
+    assert pictures.upright_size(photo) == (40, 30)
+    assert pictures.upright_size(photo[:2] + turned[2:] + b"\0\0" + photo[2:]) == (30, 40), "a phone held upright"
+    assert pictures.upright_size(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x07\0\0\0\x05") == (7, 5)
+    assert pictures.upright_size(b"RIFF") is None
     assert pictures.is_turned(turned) and not pictures.is_turned(turned.replace(b"\x06\0\0\0", b"\x01\0\0\0"))
 
 
