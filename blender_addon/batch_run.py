@@ -205,9 +205,9 @@ def _follow(item: batch.Item) -> None:
     session = link.session()
     job = session.table.jobs.get(item.job)
     if job is None or job.state is None:
-        is_lost = session.is_connected and session.client is not None and item.job not in session.client.jobs
-        if is_lost and (job is None or job.is_remembered):
-            # Sent by an earlier Blender, and this engine has never heard of it.
+        # Sent by an earlier Blender, and this engine has never heard of it. Before it has told of all its jobs nothing
+        # is known, and what was not confirmed yet is on its way.
+        if job.is_unknown if job is not None else session.is_listed and item.job not in session.client.jobs:
             item.state, item.job = batch.WAITING, ""
         return
     item.seconds = job.state.elapsed_s

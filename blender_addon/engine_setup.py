@@ -188,7 +188,7 @@ class SetUp:
             tried = "; ".join(self._refused) or "none was found"
             return self._finish(
                 f"No Python {MIN_PYTHON[0]}.{MIN_PYTHON[1]} or newer to build on ({tried}). "
-                "Install one, or name it in Engine Python"
+                "Install one, or name another in the preferences as Base Python"
             )
         self._child = Child([self._candidates[0], "-I", "-c", _VERSION_CODE], self.log, self.folder / "python.txt")
 

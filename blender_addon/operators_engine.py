@@ -60,7 +60,7 @@ class CONRAD_OT_set_up_engine(bpy.types.Operator):
     def invoke(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
         if preferences.get(context).is_offline:
             return self.execute(context)
-        return context.window_manager.invoke_props_dialog(self, width=460)
+        return context.window_manager.invoke_props_dialog(self, width=460, confirm_text="Download")
 
     def draw(self, context: bpy.types.Context) -> None:
         column = self.layout.column()

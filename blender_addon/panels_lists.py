@@ -33,7 +33,10 @@ class CONRAD_UL_jobs(bpy.types.UIList):
         else:
             row.label(text=job.name, icon=JOB_ICONS.get(job.state_name, "DOT"), translate=False)
         if job.state_name == "running":
-            row.label(text=f"{100 * job.factor:.0f} %", translate=False)
+            # Aligned right it takes no more than it needs, and the name gets the rest.
+            part = row.row()
+            part.alignment = "RIGHT"
+            part.label(text=f"{100 * job.factor:.0f} %", translate=False)
         elif job.is_waiting:
             row.operator("conrad.import_result", text="", icon="IMPORT").job = job.id
         elif thumbnail and job.state_name != "done":
@@ -114,7 +117,9 @@ class CONRAD_UL_batch(bpy.types.UIList):
         thumbnail = thumbnails.picture_icon(str(opened.path(entry)))
         row.label(text=entry.picture, icon_value=thumbnail, translate=False)
         if entry.seconds:
-            row.label(text=clock(entry.seconds), translate=False)
+            part = row.row()
+            part.alignment = "RIGHT"
+            part.label(text=clock(entry.seconds), translate=False)
         row.label(text="", icon=BATCH_ICONS[entry.state])
 
 

@@ -66,6 +66,8 @@ class Session:
     """What to do with a result file, such as a GLB, by job and part."""
     wants_engine: bool = False
     """Someone wants it to run; it is started again when it crashes."""
+    is_listed: bool = False
+    """This engine has told of all its jobs: what it has not named it does not have."""
     _is_by_person: bool = False
     _found_since: float | None = None
     _last_words: tuple = ()
@@ -310,6 +312,7 @@ class Session:
         if self.client is not None:
             self.client.close()
             self.client = None
+        self.is_listed = False
         self._asked.clear()
         for job in self.table.jobs.values():
             job.fetching = 0
@@ -369,6 +372,7 @@ class Session:
     def _take_end_of_list(self) -> list[Event]:
         """Everything the engine has was told: jobs it has not are not its jobs."""
         assert self.client is not None
+        self.is_listed = True
         lost = [j for j in self.table.jobs.values() if j.is_remembered and j.state is None and j.id not in self._unsent]
         for job in lost:
             job.is_unknown = job.id not in self.client.jobs

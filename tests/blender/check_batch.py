@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import bpy
 import numpy as np
@@ -65,11 +66,15 @@ def check_resuming(folder: Path) -> None:
     link.listeners.extend([part("thumbnails")._take, part("overlay")._take])
     link.steps.extend([part("operators_engine")._step, part("batch_run")._step])
     done = [picture for picture, state in states().items() if state == "done"]
+    sent = {item.picture: item.job for item in batch_run.current.items if item.state == "sent"}
+    assert sent
     batch_run.current, batch_run.is_running = None, False
     made = {item.name for item in bpy.data.objects}
     assert bpy.ops.conrad.batch_start() == {"FINISHED"}
     assert all(states()[picture] == "done" for picture in done)
     pump_until(lambda: not batch_run.is_running)
+    jobs = {item.picture: item.job for item in batch_run.current.items}
+    assert all(jobs[picture] == job for picture, job in sent.items()), "what the engine has is not sent again"
     assert states() == FINISHED and made <= {item.name for item in bpy.data.objects}
     objects = [item for item in bpy.data.objects if item.get("conrad_job")]
     assert len(objects) == 3 and len({tuple(np.round(item.location, 3)) for item in objects}) == 3
@@ -80,6 +85,27 @@ def check_resuming(folder: Path) -> None:
         bpy.data.objects.remove(item)
     bpy.ops.conrad.batch_scan()
     assert len([item for item in bpy.data.objects if item.get("conrad_job")]) == 3, "finished ones come back"
+
+
+def check_patience(folder: Path) -> None:
+    """Of a picture that an earlier Blender sent, nothing is known before the engine has told of all its jobs."""
+    batch, batch_run, jobs, link = part("batch"), part("batch_run"), part("jobs"), part("link")
+    opened = batch.Batch(folder / "in", folder / "patience", [batch.Item("cup.png", "sent", "a" * 32)])
+    table, client = jobs.JobTable(), SimpleNamespace(jobs={})
+    before = link._session, batch_run.current
+    stand_in = SimpleNamespace(table=table, client=client, is_connected=True, is_listed=False)
+    link._session, batch_run.current = stand_in, opened
+    try:
+        for notes in (None, jobs.Notes("a" * 32)):
+            if notes is not None:
+                table.jobs[notes.job] = jobs.Job(notes, is_remembered=True)
+            batch_run._follow(opened.items[0])
+            assert opened.items[0].state == "sent", "it is not sent again in the meantime"
+        table.jobs["a" * 32].is_unknown = True
+        batch_run._follow(opened.items[0])
+        assert opened.items[0].state == "waiting", "the engine does not have it"
+    finally:
+        link._session, batch_run.current = before
 
 
 def check_library(folder: Path) -> None:
@@ -130,6 +156,7 @@ def run() -> None:
     make_pictures(folder / "in")
     check_glb(folder)
     check_resuming(folder)
+    check_patience(folder)
     check_library(folder)
     check_retry(folder)
     check_scene_camera(folder)
