@@ -110,9 +110,6 @@ def check_own_presets() -> None:
     [name] = os.listdir(folder)
     assert bpy.ops.script.execute_preset(filepath=f"{folder}/{name}", menu_idname="CONRAD_PT_presets") == {"FINISHED"}
     assert (settings.preset, settings.size, settings.seed) == ("fine", 0.25, 5)
-    bpy.types.CONRAD_PT_presets.bl_label = "Small And Fine"
-    bpy.ops.conrad.preset_add(remove_active=True)
-    assert not os.listdir(folder)
 
 
 def check_mask() -> None:
