@@ -255,7 +255,8 @@ def _bring_in(item: batch.Item, job: Job) -> None:
     collection = job.name if current.output == "COLLECTIONS" else scene_tools.COLLECTION_NAME
     try:
         made = importer.import_result(job, scene, collection)
-        bpy.data.libraries.write(str(current.out / name), {made}, compress=True)
+        # Not compressed: the texture is a PNG already, and Blender would wait ten times longer for a large mesh.
+        bpy.data.libraries.write(str(current.out / name), {made})
     except (importer.CannotImport, RuntimeError, OSError) as error:
         job.wants_import, job.result = False, None
         return _fail(item, f"The import failed: {error}")

@@ -26,7 +26,7 @@ class Child:
     """One started process, its log files, and its end."""
 
     def __init__(self, command: list[str], log: Path, output: Path | None = None, environment: dict | None = None):
-        """Start the process.
+        """Start the process, which takes until the system has loaded the program: a millisecond, some tens on a busy machine.
 
         Args:
             command: Program and arguments; no shell reads them.
