@@ -102,7 +102,27 @@ def other_camera() -> None:
     bpy.context.window_manager.windows[0].scene.camera = bpy.data.objects["Camera"]
 
 
-COMMANDS = {function.__name__: function for function in (import_in_edit_mode, object_mode, other_camera)}
+def camera_from_view() -> None:
+    """The new camera stands where the view looked from, and sees as much over its larger side."""
+    global view_error
+    window = bpy.context.window_manager.windows[0]
+    area = next(area for area in window.screen.areas if area.type == "VIEW_3D")
+    region = next(region for region in area.regions if region.type == "WINDOW")
+    data, settings = area.spaces.active.region_3d, window.scene.conrad
+    settings.camera = None
+    expected = data.view_matrix.inverted()
+    lens = data.window_matrix[0][0] * region.width / 2 * 36.0 / max(region.width, region.height)
+    with bpy.context.temp_override(window=window, area=area, region=region):
+        bpy.ops.conrad.camera_from_view()
+    found = settings.camera.matrix_basis
+    off = max(abs(expected[row][column] - found[row][column]) for row in range(3) for column in range(4))
+    view_error = max(off, abs(settings.camera.data.lens / lens - 1))
+
+
+view_error: float | None = None
+COMMANDS = {
+    function.__name__: function for function in (import_in_edit_mode, object_mode, other_camera, camera_from_view)
+}
 
 
 def obey() -> None:
@@ -149,6 +169,7 @@ def tell() -> float:
         if bpy.context.window_manager.windows[0].view_layer.objects.active
         else "",
         "render_size": [render.resolution_x, render.resolution_y],
+        "view_error": view_error,
         "told": perf_counter(),
         "ticks": len(ticks),
         "tick_p99_ms": 1e3 * ticks[int(0.99 * (len(ticks) - 1))] if ticks else 0.0,
