@@ -272,7 +272,8 @@ class ConradObject(bpy.types.PropertyGroup):
     )
     perspective: FloatProperty(
         name="Perspective",
-        description="Focal length in millimeters, with the distance following so that the object keeps its size",
+        description="Focal length, with the distance following so that the object keeps its size",
+        unit="CAMERA",
         soft_min=10.0,
         soft_max=200.0,
         get=_orbit_getter("perspective"),

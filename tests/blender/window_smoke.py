@@ -121,8 +121,11 @@ class Window:
         (self.folder / "command.part").rename(self.folder / "command")
 
     def rest(self) -> None:
-        """What has changed is drawn some time later: software GL compiles shaders at their first use."""
-        time.sleep(4.0)
+        """Software GL shows a change with the next one: the mouse lights up a button and leaves it."""
+        for x, y in (VIEW, ADD_CAMERA, VIEW):
+            time.sleep(1.5)
+            self.run(f"xdotool mousemove {x} {y}")
+        time.sleep(1.0)
 
     def focus(self) -> None:
         """There is no window manager that would do it."""
