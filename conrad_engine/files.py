@@ -62,5 +62,11 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise writing_failed(path, error) from None
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomic` has left in a folder where its process was killed; for the one process that writes there."""
+    for rest in folder.glob(".*.tmp"):
+        rest.unlink(missing_ok=True)
+
+
 def write_json(path: Path, data: Any) -> None:
     write_atomic(path, json.dumps(data, indent=1).encode())

@@ -111,6 +111,8 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         )
         initial = _initial_shape(job, frame, state, config)
         is_resumed = resume and load_checkpoint(folder, state, config, inputs)
+        if is_resumed:
+            monitor.progress(Progress("optimize", state.step, n_total_steps(config)))
         seconds = {"prepare": time.monotonic() - started}
         # A job stopped early and only made into a mesh again needs no prior.
         if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:

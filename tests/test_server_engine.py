@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import stat
 import struct
@@ -52,6 +53,7 @@ from conrad_engine.protocol import (
     new_job_id,
 )
 from conrad_engine.server.clients import FORGET_AFTER_S
+from conrad_engine.server.dispatch import DECODE_LIMIT_S
 
 from .engine_process import ROOT, Engine, picture, running, toy_job, until, until_message, until_state, until_step
 from .toy_pipeline import expected_value
@@ -272,17 +274,47 @@ def test_a_broken_picture_fails_in_one_sentence(client, data):
     ) and "the picture cannot be decoded" in state.error_message
 
 
-def test_a_picture_bomb_is_refused_before_it_is_decoded(client):
+def bomb() -> bytes:
+    """A small PNG file of 3.6 billion pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 6, 0, 0, 0))
-    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
-    job = dataclasses.replace(toy_job(), picture=bomb)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n0 0 64 64 rectfill\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["picture", "mask", "depth"])
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [(bomb(), r"60000 ?x ?60000"), (EPS, "EPS file, which is a program"), (b"\x93NUMPY\1\0", "NumPy file")],
+)
+def test_what_must_not_be_decoded_is_refused_before_the_job_begins(client, name, data, complaint):
+    """Limits that a client sets for itself change nothing."""
+    if name != "depth" and data.startswith(b"\x93NUMPY"):
+        complaint = "cannot be decoded"
+    overrides = {"picture.max_pixels": 10**15}
+    job = dataclasses.replace(toy_job(), overrides=overrides, **{name: data})
     client.request(job)
     state = client.wait(job.job, 20)
-    assert state.error_code == "input" and "60000 x 60000 pixels" in state.error_message
+    assert (state.state, state.error_code) == (FAILED, "input"), state
+    assert re.search(complaint, state.error_message), state.error_message
+
+
+@pytest.mark.slow
+def test_a_decoder_that_does_not_end_costs_the_job_and_nothing_else(tmp_path):
+    """It even keeps the interpreter for itself, so that the worker cannot say a word."""
+    with running(tmp_path / "data", pipeline="tests.stuck_pipeline") as engine, engine.client() as client:
+        stuck = dataclasses.replace(toy_job(), picture=b"STUCK")
+        client.request(stuck)
+        good = toy_job(steps=2)
+        client.request(good)
+        state = client.wait(stuck.job, DECODE_LIMIT_S + 30)
+        assert (state.state, state.error_code) == (FAILED, "timeout") and "to decode" in state.error_message
+        assert client.wait(good.job, 30).state == DONE
 
 
 def test_forgetting_a_job_removes_it_everywhere(client, engine):

@@ -76,6 +76,8 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None) -> JobResul
     checkpoint = folder / "checkpoint.json"
     step, value = json.loads(checkpoint.read_text()) if checkpoint.exists() else (0, 1)
     monitor.progress(Progress("prepare", 0, 1))
+    if step:
+        monitor.progress(Progress("optimize", step, n_steps))
     if "error" in behavior:
         _raise(behavior["error"])
     while step < n_steps:
@@ -100,6 +102,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None) -> JobResul
         if step % behavior.get("checkpoint_every", 10) == 0:
             write_atomic(checkpoint, json.dumps([step, value]).encode())
     write_atomic(checkpoint, json.dumps([step, value]).encode())
+    monitor.progress(Progress("mesh", 0, 1))
     (folder / "mesh.glb").write_bytes(b"glTF" + bytes(job.config.mesh.n_faces))
     _sheet(job.picture, value).save(folder / "sheet.png")
     metrics = {"value": value, "steps": step, "nested": {"psnr": 30.0, "worst": float("inf")}, "views": [1, 2]}

@@ -33,7 +33,7 @@ def read_depth(
     Raises:
         InputError: It cannot be read, holds NaN, is constant, or does not have the picture's aspect.
     """
-    values = _as_single_channel(source if isinstance(source, ndarray) else _decoded(source, max_pixels))
+    values = _as_single_channel(source if isinstance(source, ndarray) else decode_depth(source, max_pixels))
     if np.isnan(values).any():
         raise InputError(f"depth has {int(np.isnan(values).sum())} NaN values: fill them before using it")
     finite = np.isfinite(values)
@@ -76,7 +76,12 @@ def _as_single_channel(values: ndarray) -> Float[ndarray, "height width"]:
     return values.astype(np.float64)
 
 
-def _decoded(source: Path | str | bytes, max_pixels: int) -> ndarray:
+def decode_depth(source: Path | str | bytes, max_pixels: int) -> ndarray:
+    """The numbers of a depth file as they are.
+
+    Raises:
+        InputError: It cannot be read, or has more than `max_pixels` (of an EXR file: more than OpenCV's own limit).
+    """
     data = read_bytes(source, "depth")
     name = "depth" if isinstance(source, bytes) else f"depth {source}"
     if data.startswith((b"\x93NUMPY", b"PK\x03\x04")):

@@ -27,6 +27,8 @@ MIN_SIDE = 16
 """A picture with fewer pixels on its shorter side shows nothing to build on."""
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF", "FLI")
 """Formats whose further frames are moments in time; a TIFF has pages, a phone's MPO a second lens, a PSD layers."""
+PROGRAMS = ("EPS",)
+"""Formats that Pillow does not decode but has run by another program, which no limit of ours holds for."""
 BROKEN_FILE = (
     OSError,
     SyntaxError,
@@ -132,7 +134,7 @@ def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
     """Open a picture without decoding it.
 
     Raises:
-        InputError: It is not a picture, is damaged, or has more than `max_pixels`.
+        InputError: It is not a picture, is a program, is damaged, or has more than `max_pixels`.
     """
     limit = f"at most {max_pixels:,} are accepted, reduce it first"
     try:
@@ -146,6 +148,8 @@ def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
     except BROKEN_FILE as error:
         reason = str(error).partition("<_io")[0].strip()  # Pillow names the buffer, which says nothing to a person
         raise InputError(f"{name} is damaged or cut off ({reason}): save or download it again") from None
+    if image.format in PROGRAMS:
+        raise InputError(f"{name} is a {image.format} file, which is a program: save it as PNG or JPEG")
     if image.width * image.height > max_pixels:
         raise InputError(f"{name} is {image.width}x{image.height}, {image.width * image.height:,} pixels: {limit}")
     return image

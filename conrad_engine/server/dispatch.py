@@ -355,6 +355,12 @@ class Dispatch:
         else:
             self._changed(self._queue.worker_lost(lost.job, lost.reason))
 
+    def save_progress(self) -> None:
+        """Keep how far the jobs at work are: no change that anyone is told, but the next start should know it."""
+        for job in self._queue:
+            if job.state == RUNNING:
+                self._save(job)
+
     def save_again(self) -> None:
         """Try to keep what did not fit on the disk."""
         for job in list(self._unsaved.values()):

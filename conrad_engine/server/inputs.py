@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
+from ..preprocess.depth import decode_depth
+from ..preprocess.reading import PROGRAMS
 from .requests import MAX_PIXELS
-
-MAX_MASK_PIXELS = MAX_PIXELS
 
 
 def read_inputs(folder: Path) -> dict:
@@ -22,7 +22,7 @@ def read_inputs(folder: Path) -> dict:
         folder: As `Store.put_inputs` wrote it.
 
     Raises:
-        InputError: A picture cannot be decoded or is too large.
+        InputError: A picture or depth map cannot be decoded or is too large.
     """
     request = json.loads((folder / "request.json").read_text())
     arrays = {
@@ -56,6 +56,8 @@ def _picture(folder: Path, name: str, pixels: np.ndarray | None) -> bytes | None
     Image.MAX_IMAGE_PIXELS = None  # Our own limit, checked before anything is decoded, says what to do.
     try:
         with Image.open(io.BytesIO(data)) as picture:
+            if picture.format in PROGRAMS:
+                raise InputError(f"the {name} is a {picture.format} file, which is a program: save it as PNG or JPEG")
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise InputError(
@@ -73,7 +75,11 @@ def _depth(folder: Path, pixels: np.ndarray | None) -> bytes | None:
         np.save(buffer, pixels)
         return buffer.getvalue()
     path = folder / "depth"
-    return path.read_bytes() if path.exists() else None
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    decode_depth(data, MAX_PIXELS)
+    return data
 
 
 def _mesh(folder: Path, arrays: dict[str, np.ndarray]) -> Path | bytes | None:

@@ -22,8 +22,8 @@ PROGRESS_EVERY_S = 0.05
 class Link:
     """Sends for the job and receives orders, in a thread of its own, so that neither waits for the other.
 
-    Of progress and of each client's preview only the newest waits to be sent. `runs` holds jobs to be done; other orders are
-    given, in the link's thread, to whom `attach` names.
+    Of each stage's progress and of each client's preview only the newest waits to be sent. `runs` holds jobs to be done;
+    other orders are given, in the link's thread, to whom `attach` names.
     """
 
     def __init__(self, endpoint: str, name: str, secret: str) -> None:
@@ -33,6 +33,7 @@ class Link:
         self._early: list[Any] = []
         self._messages: list[Any] = []
         self._newest: dict[Any, Any] = {}
+        self._flushes: list[threading.Event] = []
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, name.encode())
@@ -64,12 +65,20 @@ class Link:
         self._ring()
 
     def offer(self, message: Progress | WorkerPreview) -> None:
-        """Send unless a newer one comes before its turn."""
-        key = (type(message), getattr(message, "view", None))
+        """Send unless a newer one of the same view, or of the same stage of the job, comes before its turn."""
+        key = (type(message), message.stage if isinstance(message, Progress) else message.view)
         with self._lock:
             self._newest[key] = message
         if isinstance(message, WorkerPreview):
             self._ring()
+
+    def flush(self) -> None:
+        """Wait until ZeroMQ has what was handed over so far: its own thread delivers that, whatever ours do next."""
+        is_sent = threading.Event()
+        with self._lock:
+            self._flushes.append(is_sent)
+        self._ring()
+        is_sent.wait()
 
     def _ring(self) -> None:
         with self._rope_lock:
@@ -94,11 +103,14 @@ class Link:
             with self._lock:
                 messages = [*self._messages, *self._newest.values()]
                 self._messages, self._newest = [], {}
+                flushes, self._flushes = self._flushes, []
             if time.monotonic() - beat_s > BEAT_EVERY_S:
                 beat_s = time.monotonic()
                 messages.append(WorkerBeat())
             for message in messages:
                 self._post(message)
+            for is_sent in flushes:
+                is_sent.set()
 
     def _obey(self, order: Any) -> None:
         if isinstance(order, Quit):

@@ -41,6 +41,7 @@ BURST = 64
 """Messages read from one socket before the others get their turn."""
 SHUTDOWN_LIMIT_S = 5.0
 """Time that jobs get at the end to save their checkpoint."""
+SAVE_PROGRESS_S = 5.0
 CHECKPOINT_DATABASE_S = 30.0
 
 
@@ -83,7 +84,7 @@ class Server:
         self._dispatch = Dispatch(store, self._files, self._clients, self._workers, self.stop)
         self._life = life
         self._told_status: Any = None
-        self._busy_s = self._ticked_s = self._database_s = time.monotonic()
+        self._busy_s = self._ticked_s = self._progress_s = self._database_s = time.monotonic()
         self._closing_s: float | None = None
 
     def run(self) -> None:
@@ -180,6 +181,9 @@ class Server:
         if status != self._told_status:
             self._told_status = status
             self._clients.tell_all(status)
+        if now_s - self._progress_s > SAVE_PROGRESS_S:
+            self._progress_s = now_s
+            self._dispatch.save_progress()
         if now_s - self._database_s > CHECKPOINT_DATABASE_S:
             self._database_s = now_s
             self._files.do(self._store.checkpoint_database)

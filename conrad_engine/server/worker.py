@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import Cancelled, ConradError
-from ..files import CANNOT_WRITE
+from ..files import CANNOT_WRITE, remove_unfinished
 from ..monitor import Progress
 from .inputs import read_inputs
 from .link import Link
@@ -102,8 +102,10 @@ def _run(run: Run, pipeline: ModuleType, link: Link) -> Ended:
     setup: dict = {}
     monitor = SteeredMonitor(run, link, lambda *view: turning_camera(setup["camera"])(*view))
     link.attach(monitor.take)
-    # The server kills a worker that is here for too long.
+    remove_unfinished(folder / "work")
+    # The server kills a worker that is here for too long; it must know before a decoder keeps the interpreter for itself.
     monitor.progress(Progress("decode", 0, 1))
+    link.flush()
     setup.update(read_inputs(folder / "input"))
     monitor.progress(Progress("prepare", 0, 1))
     job = pipeline.Job(config=pipeline_config(settings, run.device), name=run.name or "object", **setup)
