@@ -44,7 +44,7 @@ def test_submit_watch_and_fetch(data, tmp_path):
     assert "duck: done in" in done.stderr
     assert (tmp_path / "out" / "mesh.glb").read_bytes() == b"glTF" + bytes(100)
     previews = sorted((tmp_path / "previews").glob("*.png"))
-    assert previews and Image.open(previews[0]).size == (256, 256)
+    assert previews and Image.open(previews[-1]).size == (256, 256)
     listed = conrad("list", "--data", data)
     assert f"{job}  done" in listed.stdout and "40/40" in listed.stdout
     again = conrad("fetch", job[:6], "--data", data, "--out", tmp_path / "again")

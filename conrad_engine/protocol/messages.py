@@ -195,7 +195,10 @@ class Continue:
 
 @dataclass(frozen=True)
 class SetPreview:
-    """Ask for previews of a job, from the client's own camera or, without one, from a turning one."""
+    """Ask for previews of a job, from the client's own camera or, without one, from a turning one.
+
+    Where pictures of this size would take long they come smaller: `Preview` has its own size and intrinsics.
+    """
 
     job: str
     is_on: bool = True

@@ -116,14 +116,16 @@ def check_view(c2w: tuple[float, ...], intrinsics: tuple[float, ...], width: int
     Raises:
         InputError: It has not.
     """
+    if not (0 <= width <= max_side and 0 <= height <= max_side):
+        raise InputError(f"a picture has at most {max_side} pixels a side, not {width} x {height}")
     if not c2w and not intrinsics:
         return
     if len(c2w) != 16 or len(intrinsics) != 4:
         raise InputError(f"a camera has 16 numbers of c2w and 4 intrinsics, not {len(c2w)} and {len(intrinsics)}")
     if not all(math.isfinite(x) and abs(x) < 1e9 for x in (*c2w, *intrinsics)):
         raise InputError("a camera's numbers must be finite")
-    if min(intrinsics[:2]) <= 0 or not (1 <= width <= max_side and 1 <= height <= max_side):
-        raise InputError(f"a camera needs positive focal lengths and a size of 1 to {max_side} pixels")
+    if min(*intrinsics[:2], width, height) <= 0:
+        raise InputError("a camera needs positive focal lengths and a size of at least one pixel")
     if not _is_rotation([c2w[0:3], c2w[4:7], c2w[8:11]]):
         raise InputError("a camera's c2w must be a rotation and a position, without scale or mirroring")
 

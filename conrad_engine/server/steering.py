@@ -1,4 +1,8 @@
-"""What a job in a worker asks between two steps: go on, hold still, stop, and who wants to see it from where."""
+"""What a job in a worker asks between two steps: go on, hold still, stop, and who wants to see it from where.
+
+Previews take a fixed share of the time. Where a picture of the size asked for would take long, it is drawn smaller, so that
+the next one need not be waited for so long: a device's speed shows as size, not as a picture that never changes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..monitor import Command, Monitor, Progress
@@ -19,6 +24,12 @@ PREVIEW_SHARE = 0.04
 """Part of the time spent on previews of views that stand still."""
 MOVING_SHARE = 0.3
 """The same while a client moves its view: then it is the previews that somebody waits for."""
+STANDING_LIMIT_S, MOVING_LIMIT_S, PAUSED_LIMIT_S = 0.3, 0.15, 1.0
+"""A preview is drawn so small that it takes about so long at most: of views that stand still, that move, of a paused job."""
+FIRST_SIDE, SMALLEST_SIDE = 96, 48
+"""Longer side of a job's first preview, which tells what previews cost here, and the least it is reduced to."""
+WORTH_IT = 1.25
+"""A view that could be drawn this much larger than it was is drawn again."""
 DEFAULT_SIDE = 256
 TURN_DEG = 20.0
 """Step of the turning view between two previews."""
@@ -38,8 +49,12 @@ class SteeredMonitor(Monitor):
         self._lock = threading.Lock()
         self._command = Command(run.command)
         self._views: dict[int, View] = {}
-        self._served: dict[int, tuple[int, float]] = {}
-        self._shown: tuple[View, float] | None = None
+        self._served: dict[int, tuple[int | None, float]] = {}
+        """By view: the serial that was drawn as large as it can be, and when the last picture was drawn."""
+        self._shown: tuple[View, float, float] | None = None
+        """The view being drawn, how long it may take, and when that began."""
+        self._pixel_s: float | None = None
+        """What a pixel of the last preview took."""
         self._next_preview_s = self._next_moving_s = 0.0
         self._turn = itertools.count()
         self._numbers = itertools.count(1)
@@ -55,7 +70,8 @@ class SteeredMonitor(Monitor):
             if isinstance(order, Steer):
                 self._command = Command(order.command)
             elif order.is_on:
-                self._views[order.view] = order
+                size = order.width or DEFAULT_SIDE, order.height or DEFAULT_SIDE
+                self._views[order.view] = replace(order, width=size[0], height=size[1])
             else:
                 self._views.pop(order.view, None)
 
@@ -74,22 +90,26 @@ class SteeredMonitor(Monitor):
             return self._command
 
     def preview_camera(self) -> Any | None:
-        view = self._next_view(time.monotonic())
-        if view is None:
+        found = self._next_view(time.monotonic())
+        if found is None:
             return None
-        camera = _camera_of(view) if view.c2w else self._turning_camera(view)
-        self._shown = view, time.monotonic()
+        view, limit_s = found
+        smaller = reduced(view, self._factor(view, limit_s))
+        camera = _camera_of(smaller) if view.c2w else self._turning_camera(smaller)
+        self._shown = view, limit_s, time.monotonic()
         return camera
 
     def preview(self, rgb: Any, camera: Any) -> None:
         assert self._shown is not None, "no preview was asked for"
-        view, started_s = self._shown
+        view, limit_s, started_s = self._shown
         now_s = time.monotonic()
         cost_s = now_s - started_s
+        self._pixel_s = cost_s / (rgb.shape[0] * rgb.shape[1])
         # Waiting in proportion to the cost keeps the share, whatever the device.
         self._next_preview_s = now_s + cost_s * (1 / PREVIEW_SHARE - 1)
         self._next_moving_s = now_s + cost_s * (1 / MOVING_SHARE - 1)
-        self._served[view.view] = view.serial, now_s
+        could_be_larger = self._factor(view, limit_s) * view.width > WORTH_IT * rgb.shape[1]
+        self._served[view.view] = None if could_be_larger else view.serial, now_s
         pixels = Array("u1", tuple(rgb.shape), rgb.tobytes())
         c2w = (*camera.c2w.reshape(-1).tolist(), 0.0, 0.0, 0.0, 1.0)
         intrinsics = tuple(camera.intrinsics.tolist())
@@ -98,21 +118,40 @@ class SteeredMonitor(Monitor):
     def warning(self, message: str) -> None:
         self._link.send(Warned(self._job, message[:1000]))
 
-    def _next_view(self, now_s: float) -> View | None:
-        """The view to show now: one that has moved, else the one not shown for longest; none while it is too early."""
+    def _next_view(self, now_s: float) -> tuple[View, float] | None:
+        """The view to show now, and how long it may take: one that has moved, else the one not shown for longest.
+
+        None while it is too early.
+        """
         with self._lock:
             views = list(self._views.values())
             is_paused = self._command is Command.PAUSE
         moved = [v for v in views if self._served.get(v.view, (None, 0.0))[0] != v.serial]
+        limit_s = STANDING_LIMIT_S
         if moved and (is_paused or now_s >= self._next_moving_s):
-            views = moved
-        elif is_paused or now_s < self._next_preview_s:
+            views, limit_s = moved, PAUSED_LIMIT_S if is_paused else MOVING_LIMIT_S
+        elif not views or is_paused or now_s < self._next_preview_s:
             return None
-        return min(views, key=lambda v: self._served.get(v.view, (0, 0.0))[1], default=None)
+        return min(views, key=lambda v: self._served.get(v.view, (0, 0.0))[1]), limit_s
+
+    def _factor(self, view: View, limit_s: float) -> float:
+        """By how much the sides of a view must be reduced to take no longer than this; at most 1."""
+        longer = max(view.width, view.height)
+        if self._pixel_s is None:
+            return min(1.0, FIRST_SIDE / longer)
+        factor = math.sqrt(limit_s / (self._pixel_s * view.width * view.height))
+        return min(1.0, max(factor, SMALLEST_SIDE / longer))
 
     def _turning_camera(self, view: View) -> Any:
-        azimuth_deg = TURN_DEG * next(self._turn)
-        return self._default_camera(azimuth_deg, view.width or DEFAULT_SIDE, view.height or DEFAULT_SIDE)
+        return self._default_camera(TURN_DEG * next(self._turn), view.width, view.height)
+
+
+def reduced(view: View, factor: float) -> View:
+    """The same view with fewer pixels."""
+    width, height = (max(1, round(factor * side)) for side in (view.width, view.height))
+    scales = 2 * (width / view.width, height / view.height)
+    intrinsics = tuple(number * scale for number, scale in zip(view.intrinsics, scales))
+    return replace(view, width=width, height=height, intrinsics=intrinsics)
 
 
 def _camera_of(view: View) -> Any:
