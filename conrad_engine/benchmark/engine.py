@@ -26,6 +26,7 @@ from ..protocol import (
     Connection,
     EngineClient,
     Keep,
+    Pause,
     Ping,
     Preview,
     Progress,
@@ -36,11 +37,10 @@ from ..protocol import (
 )
 from .assets import drawn_picture
 from .report import Report, Row, Timing
-from .timed_pipeline import TIMES
+from .timed_pipeline import TIMES, WHOLE, WHOLE_SIDE
 
 LIMIT_S = 120.0
 """For anything that is waited for."""
-PREVIEW_SIZE = 512
 ENDLESS = 1_000_000
 """Steps of a job that is stopped by the benchmark."""
 NO_WARM_START = {"optimize.warm_start_views": 0}
@@ -54,6 +54,8 @@ class Sizes:
 
     n_starts: int = 10
     n_requests: int = 1000
+    previews_from: int = 40
+    """Step from which previews are asked for: empty space is known then."""
     n_previews: int = 20
     previews_s: float = 25.0
     """No further preview is asked for after this long."""
@@ -65,7 +67,7 @@ class Sizes:
     texture_size: int = 2048
 
 
-SMALL = Sizes(2, 20, 3, 5.0, 1, 0.5, 1000, 64)
+SMALL = Sizes(2, 20, 2, 2, 5.0, 1, 0.5, 1000, 64)
 
 
 def run(report: Report) -> None:
@@ -100,14 +102,17 @@ def percentile(values: list[float], share: float) -> float:
 
 def _measure_busy_engine(report: Report, sizes: Sizes, client: EngineClient, job: Submit, folder: Path) -> float:
     """Requests and previews while a job optimises; returns the seconds of one of its steps."""
-    job = replace(job, job=new_job_id())
+    job = replace(job, job=new_job_id(), prompt=WHOLE)
     _start(client, job)
     pings = []
     for _ in range(sizes.n_requests):
         pings.append(_timed_ms(lambda: client.request(Ping())))
-        time.sleep(0.005)  # So that the requests meet every part of a step.
+        time.sleep(0.005)  # So that the requests meet many steps.
     p99 = percentile(pings, 0.99)
     report.add_timing("request while a job optimises", timing_of(pings), notes={"p99 ms": p99, "p99 at most ms": 20})
+    _until(client, lambda message: _is_step(message, job.job, sizes.previews_from))
+    # A paused job draws what it is asked for at once: the path is the same, and no share of the time is kept for steps.
+    client.request(Pause(job.job))
     asked: dict[tuple[float, ...], float] = {}
     arrived: dict[tuple[float, ...], float] = {}
     started_s = time.monotonic()
@@ -119,12 +124,12 @@ def _measure_busy_engine(report: Report, sizes: Sizes, client: EngineClient, job
     rendered = {tuple(preview["c2w"]): preview for preview in times["previews"]}
     ways = [1000 * (arrived[c2w] - rendered[c2w]["began_s"]) for c2w in asked]
     renders = [1000 * (preview["rendered_s"] - preview["began_s"]) for preview in rendered.values()]
-    name = f"preview of {PREVIEW_SIZE} px, from render to client"
     notes = {"of that rendering ms": statistics.median(renders), "at most ms on a GPU": 100}
-    report.add_timing(name, timing_of(ways), notes=notes)
+    report.add_timing(f"preview of {WHOLE_SIDE} px, from render to client", timing_of(ways), notes=notes)
     waits = timing_of([1000 * (arrived[c2w] - asked[c2w]) for c2w in asked])
     step_s = _step_s(times["steps"])
-    report.add_timing("the same, from asking for a new view", waits, notes={"a step takes ms": 1000 * step_s})
+    report.add_timing("the same, from asking a paused job", waits)
+    report.add(Row("a step of the job meanwhile", notes={"ms": 1000 * step_s}))
     return step_s
 
 
@@ -140,11 +145,12 @@ def _measure_streaming(
         alone_ms.append(1000 * _duration_s(alone, n_steps))
         watched_ms.append(1000 * _duration_s(watched, n_steps))
         costs.append(100 * (watched_ms[-1] / alone_ms[-1] - 1))
-        spent_s = sum(preview["rendered_s"] - preview["began_s"] for preview in watched["previews"])
+        counted = [p for p in watched["previews"] if p["rendered_s"] <= _end_s(watched, n_steps)]
+        spent_s = sum(preview["rendered_s"] - preview["began_s"] for preview in counted)
         shares.append(100 * 1000 * spent_s / watched_ms[-1])
-        n_previews += len(watched["previews"])
+        n_previews += len(counted)
     report.add_timing(f"{n_steps} steps, nobody watching", timing_of(alone_ms))
-    report.add_timing(f"{n_steps} steps, a client watching at {PREVIEW_SIZE} px", timing_of(watched_ms))
+    report.add_timing(f"{n_steps} steps, a client watching at {WHOLE_SIDE} px", timing_of(watched_ms))
     notes = {
         "percent": statistics.median(costs),
         "low": min(costs),
@@ -161,7 +167,7 @@ def _run_of(client: EngineClient, job: Submit, n_steps: int, is_watched: bool, f
     job = replace(job, job=new_job_id())
     client.request(job)
     if is_watched:
-        client.request(SetPreview(job.job, width=PREVIEW_SIZE, height=PREVIEW_SIZE))
+        client.request(SetPreview(job.job, width=WHOLE_SIDE, height=WHOLE_SIDE))
     _until(client, lambda message: _is_step(message, job.job, n_steps))
     return _stop(client, job.job, folder)
 
@@ -205,8 +211,11 @@ def _step_s(steps: list[list[float]]) -> float:
 
 def _duration_s(times: dict, n_steps: int) -> float:
     """Seconds from the end of the first step to that of the last one counted."""
-    ends = {step: s for step, s in times["steps"]}
-    return ends[n_steps] - ends[1]
+    return _end_s(times, n_steps) - _end_s(times, 1)
+
+
+def _end_s(times: dict, step: int) -> float:
+    return next(end_s for number, end_s in times["steps"] if number == step)
 
 
 def _timed_ms(act: Callable[[], object]) -> float:
@@ -224,8 +233,7 @@ def _hello_ms(device: str) -> float:
 
 def _arrival_s(client: EngineClient, job: str, serial: int, c2w: tuple[float, ...]) -> float:
     """Ask for a view; when its picture arrives, by the monotonic clock."""
-    size = PREVIEW_SIZE
-    focal = 1.5 * size
+    size, focal = WHOLE_SIDE, 1.5 * WHOLE_SIDE
     client.send(SetPreview(job, True, serial, c2w, (focal, focal, size / 2, size / 2), size, size))
     _until(client, lambda message: isinstance(message, Preview) and message.serial == serial)
     return time.monotonic()

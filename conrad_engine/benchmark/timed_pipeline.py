@@ -6,15 +6,21 @@ The times are those of the machine's monotonic clock, which all processes of a m
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import pipeline
+from ..cameras import Camera
 from ..files import write_json
 from ..monitor import Command, Monitor, Progress
 
 TIMES = "times.json"
 """In the folder of the job's files: `steps` as [step, seconds], `previews` as {c2w, began_s, rendered_s}."""
+
+WHOLE = "whole"
+"""A prompt (the embedded prior reads none) by which previews have `WHOLE_SIDE`, however long they take here."""
+WHOLE_SIDE = 512
 
 Job = pipeline.Job
 
@@ -22,8 +28,9 @@ Job = pipeline.Job
 class TimedMonitor(Monitor):
     """Passes everything on and notes the time."""
 
-    def __init__(self, inner: Monitor) -> None:
+    def __init__(self, inner: Monitor, is_whole: bool) -> None:
         self._inner = inner
+        self._is_whole = is_whole
         self._began_s = 0.0
         self.steps: list[tuple[int, float]] = []
         self.previews: list[dict] = []
@@ -37,8 +44,9 @@ class TimedMonitor(Monitor):
         return self._inner.command()
 
     def preview_camera(self) -> Any | None:
+        camera = self._inner.preview_camera()
         self._began_s = time.monotonic()
-        return self._inner.preview_camera()
+        return _of_whole_size(camera) if camera is not None and self._is_whole else camera
 
     def preview(self, rgb: Any, camera: Any) -> None:
         rendered_s = time.monotonic()
@@ -50,9 +58,15 @@ class TimedMonitor(Monitor):
         self._inner.warning(message)
 
 
+def _of_whole_size(camera: Camera) -> Camera:
+    """The same view, square, with `WHOLE_SIDE` pixels a side."""
+    intrinsics = camera.intrinsics * (WHOLE_SIDE / camera.width)
+    return replace(camera, intrinsics=intrinsics, width=WHOLE_SIDE, height=WHOLE_SIDE)
+
+
 def generate(job: Job, folder: Path, monitor: Monitor) -> pipeline.JobResult:
     """`pipeline.generate`; the times are written however it ends."""
-    timed = TimedMonitor(monitor)
+    timed = TimedMonitor(monitor, job.config.prompt == WHOLE)
     try:
         return pipeline.generate(job, folder, timed)
     finally:
