@@ -4,6 +4,8 @@ import io
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from conrad_engine.protocol import Array, Progress
-from conrad_engine.server.commands import png_bytes, progress_line
+from conrad_engine.server.commands import _Line, png_bytes, progress_line
 
 from .engine_process import ROOT, picture
 
@@ -20,18 +22,32 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 def conrad(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "conrad_engine", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+def start(data: Path, *options: object) -> subprocess.Popen:
+    """An engine with the toy pipeline, once it has announced itself."""
+    command = [sys.executable, "-m", "conrad_engine", "serve", "--data", str(data), "--devices", "cpu"]
+    command += ["--pipeline", "tests.toy_pipeline", *map(str, options)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT)
+    assert process.stdout.readline().startswith(b'{"endpoint"')
+    return process
+
+
+def until(is_true: Callable[[], object], within_s: float = 60.0) -> None:
+    end_s = time.monotonic() + within_s
+    while not is_true():
+        assert time.monotonic() < end_s, f"not within {within_s} s"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands") / "data"
-    command = [sys.executable, "-m", "conrad_engine", "serve", "--data", str(folder), "--devices", "cpu"]
-    process = subprocess.Popen([*command, "--pipeline", "tests.toy_pipeline"], stdout=subprocess.PIPE, env=ENVIRONMENT)
-    assert process.stdout.readline().startswith(b'{"endpoint"')
+    process = start(folder)
     yield folder
     ended = conrad("shutdown", "--data", folder)
-    assert ended.returncode == 0 and process.wait(10) == 0
+    assert ended.returncode == 0 and process.wait(30) == 0
 
 
 def test_submit_watch_and_fetch(data, tmp_path):
@@ -51,6 +67,51 @@ def test_submit_watch_and_fetch(data, tmp_path):
     assert again.returncode == 0 and (tmp_path / "again" / "sheet.png").exists()
     watched = conrad("watch", "duck", "--data", data)
     assert watched.returncode == 0 and "done" in watched.stderr
+
+
+def test_a_watcher_goes_on_after_its_engine_was_killed(tmp_path):
+    """With progress and previews of the job that the next engine takes up."""
+    (tmp_path / "duck.png").write_bytes(picture())
+    engine = start(tmp_path / "data")
+    command = [sys.executable, "-m", "conrad_engine", "submit", str(tmp_path / "duck.png"), "--data", tmp_path / "data"]
+    command += ["--prompt", '{"delay_s": 0.05}', "--set", "optimize.n_steps=200", "--preview-dir", tmp_path / "seen"]
+    watcher = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        until(lambda: list((tmp_path / "seen").glob("*.png")))
+        engine.kill()
+        engine.wait()
+        seen = {path.name for path in (tmp_path / "seen").glob("*.png")}
+        engine = start(tmp_path / "data")
+        until(lambda: {path.name for path in (tmp_path / "seen").glob("*.png")} - seen)
+        _, told = watcher.communicate(timeout=120)
+        assert watcher.returncode == 0 and "duck: done in" in told
+    finally:
+        watcher.kill()
+        engine.terminate()
+        engine.wait(30)
+
+
+def test_an_engine_ends_with_its_parent_unless_it_is_to_be_kept(tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mortal = start(tmp_path / "a", "--parent-pid", parent.pid)
+    kept = start(tmp_path / "b", "--parent-pid", parent.pid, "--keep")
+    try:
+        assert conrad("list", "--data", tmp_path / "a").returncode == 0, "it lives as long as its parent"
+        parent.kill()
+        parent.wait()
+        assert mortal.wait(30) == 0
+        assert conrad("list", "--data", tmp_path / "b").returncode == 0
+    finally:
+        mortal.kill()
+        kept.kill()
+        mortal.wait()
+        kept.wait()
+
+
+def test_an_engine_ends_when_nobody_needs_it(tmp_path):
+    engine = start(tmp_path / "data", "--idle-timeout", 0.5)
+    assert engine.wait(30) == 0
+    assert not (tmp_path / "data" / "connection.json").exists()
 
 
 def test_cancel(data, tmp_path):
@@ -113,3 +174,10 @@ def test_the_progress_line():
     line = progress_line(Progress("a", 1, "optimize", 50, 100, 75.0, {"sds": 0.1234}), width=10)
     assert line == "optimize   [#####.....] 50/100  1:15 left  sds 0.123"
     assert progress_line(Progress("a", 1, "mesh", 0, 0), width=4) == "mesh       [....] 0/0"
+
+
+def test_a_line_that_replaces_itself_never_wraps(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    _Line().show("optimize " + "#" * 80)
+    assert len(capsys.readouterr().err.removeprefix("\r\x1b[K")) == 29

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -349,16 +350,19 @@ def test_a_broken_or_newer_job_list_is_named(tmp_path):
 
 def test_the_file_thread_survives_what_goes_wrong(tmp_path):
     files, outcomes = FileThread(), []
+    errors = [OSError(5, "broken disk"), sqlite3.OperationalError("unable to open database file"), TypeError("mistake")]
 
-    def fails():
-        raise OSError(5, "broken disk")
+    def fails(error):
+        raise error
 
-    files.do(fails, outcomes.append)
+    for error in errors:
+        files.do(lambda error=error: fails(error), outcomes.append)
     files.do(lambda: "fine", outcomes.append)
-    end_s = time.monotonic() + 5
-    while len(outcomes) < 2 and time.monotonic() < end_s:
+    end_s = time.monotonic() + 30
+    while len(outcomes) < 4 and time.monotonic() < end_s:
         files.deliver()
-    assert isinstance(outcomes[0], OSError) and outcomes[1] == "fine" and files.is_idle
+        time.sleep(0.01)
+    assert outcomes == [*errors, "fine"] and files.is_idle
     files.close()
 
 

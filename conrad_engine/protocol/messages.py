@@ -127,7 +127,7 @@ class Submit:
     """Rough largest side of the object, world units."""
     preset: str = "standard"
     guidance: str = ""
-    """embedded, stable_diffusion or zero123; the preset's own when empty."""
+    """embedded, stable_diffusion, zero123 or mixture; the preset's own when empty."""
     prompt: str = ""
     seed: int = 0
     texture_size: int | None = None

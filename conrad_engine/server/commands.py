@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import struct
 import sys
 import time
@@ -35,6 +36,7 @@ from ..protocol import (
     SetPreview,
     Shutdown,
     Submit,
+    Welcome,
     default_data_folder,
     new_job_id,
 )
@@ -259,6 +261,8 @@ def _watch(client: EngineClient, job: str, preview_dir: Path | None) -> int:
     line = _Line()
 
     def show(message: Any) -> None:
+        if isinstance(message, Welcome) and preview_dir is not None:
+            client.send(SetPreview(job))  # An engine that was started anew knows no views.
         if getattr(message, "job", None) != job:
             return
         if isinstance(message, Progress):
@@ -302,7 +306,8 @@ class _Line:
     def show(self, text: str) -> None:
         now_s = time.monotonic()
         if self._is_terminal:
-            sys.stderr.write(f"\r\x1b[K{text}")
+            # A line that wraps would not be replaced but pile up.
+            sys.stderr.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
         elif now_s - self._shown_s >= self.EVERY_S:
             self._shown_s = now_s
             sys.stderr.write(f"{text}\n")

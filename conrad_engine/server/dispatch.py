@@ -182,7 +182,8 @@ class Dispatch:
             if isinstance(outcome, Exception):
                 raise outcome
             self._store.save(job)
-        except (ConradError, OSError) as error:
+        except Exception as error:  # Whatever kept it from being stored: who sent the job must hear of it.
+            log.error("job %s cannot be stored: %r", job.id, error)
             self._queue.remove(job.id)
             self._files.do(lambda: self._store.discard(job.id))
             for route, request in askers:

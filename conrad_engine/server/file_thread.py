@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ConradError
-
 
 class FileThread:
     """Does work in the order it is given; its outcome comes back in the loop that calls `deliver`."""
@@ -60,7 +58,7 @@ class FileThread:
             work, then = task
             try:
                 outcome = work()
-            except (ConradError, OSError, ValueError, KeyError) as error:
+            except Exception as error:  # Whatever it is, the loop must hear of it, and the next work gets its turn.
                 outcome = error
             self._done.append((then, outcome))
             try:

@@ -65,8 +65,9 @@ def pipeline_config(settings: dict, device: str = "auto") -> PipelineConfig:
     if settings["guidance"]:
         overrides["guidance"] = settings["guidance"]
     for name, value in settings["overrides"].items():
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf in LOCAL_SETTINGS or name in OWN_SETTINGS:
+        # A name may end in underscores, as that of a field that would be a keyword does: see `config.with_overrides`.
+        leaf = name.rsplit(".", 1)[-1].rstrip("_")
+        if leaf in LOCAL_SETTINGS or name.rstrip("_") in OWN_SETTINGS:
             raise InputError(f"setting {name!r} cannot be set by a client")
         if leaf == "model" and not HUB_ID.fullmatch(str(value)):
             raise InputError(f"{name} must be a hub id such as 'name/model', not {str(value)[:60]!r}")

@@ -19,6 +19,7 @@ import re
 import shutil
 import sqlite3
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 from ..errors import ConradError, InputError
@@ -103,8 +104,9 @@ class Store:
         """
         self.folder = folder
         try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for name in ("jobs", "incoming", "trash", "empty"):
-                (folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+                (folder / name).mkdir(exist_ok=True, mode=0o700)
             self._lock = FolderLock(folder / "lock")
         except OSError as error:
             raise InputError(
@@ -137,7 +139,7 @@ class Store:
                     "INSERT OR REPLACE INTO jobs (id, body) VALUES (?, ?)",
                     (job.id, json.dumps(dataclasses.asdict(job))),
                 )
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             raise DiskFull(
                 f"the engine's job list cannot be written: {error}; free some space in its data folder"
             ) from None
@@ -147,7 +149,7 @@ class Store:
         try:
             with self._database:
                 self._database.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             raise DiskFull(
                 f"the engine's job list cannot be written: {error}; free some space in its data folder"
             ) from None
@@ -163,14 +165,13 @@ class Store:
     # For the file thread.
 
     def checkpoint_database(self) -> None:
-        """Move what the write-ahead log holds into the database."""
-        database = sqlite3.connect(self.folder / "jobs.sqlite", timeout=1)
-        try:
+        """Move what the write-ahead log holds into the database.
+
+        Raises:
+            sqlite3.Error: It cannot be done now, and the log stays longer; a full disk is told by `save`.
+        """
+        with closing(sqlite3.connect(self.folder / "jobs.sqlite", timeout=1)) as database:
             database.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        except sqlite3.OperationalError:
-            pass  # A full disk is told by `save`; the log simply stays longer.
-        finally:
-            database.close()
 
     def put_inputs(self, submit: Submit) -> None:
         """Write what came with a job; the folder appears complete or not at all.
