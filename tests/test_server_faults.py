@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from conrad_engine.protocol import (
     EngineClient,
     Error,
     Hello,
+    Keep,
     Pause,
     Ping,
     RequestRefused,
@@ -38,6 +40,7 @@ from conrad_engine.protocol import (
     encode,
 )
 from conrad_engine.server import store as store_module
+from conrad_engine.server.dispatch import CANCEL_LIMIT_S
 from conrad_engine.server.file_thread import FileThread
 from conrad_engine.server.gate import ServerKeys, check_address
 from conrad_engine.server.job_queue import Job
@@ -47,7 +50,17 @@ from conrad_engine.server.serve import Options, serve
 from conrad_engine.server.store import DiskFull, FolderInUse, Store
 from conrad_engine.server.workers import Workers
 
-from .engine_process import ROOT, Engine, running, toy_job, until, until_message, until_state, until_step
+from .engine_process import (
+    ROOT,
+    WITHIN_S,
+    Engine,
+    running,
+    toy_job,
+    until,
+    until_message,
+    until_state,
+    until_step,
+)
 from .toy_pipeline import expected_value
 
 STEPS = 60
@@ -57,7 +70,7 @@ FEW, MANY = 3, 20
 
 def check_result(client: EngineClient, job: str, steps: int = STEPS) -> None:
     """The job is done, its state is that of an undisturbed run, and its arrays are whole."""
-    state = client.wait(job, 60)
+    state = client.wait(job, WITHIN_S)
     assert (state.state, state.metrics["value"]) == (DONE, expected_value(steps)), state
     result = client.fetch(job, ARRAYS)
     faces = np.frombuffer(result.faces.data, result.faces.dtype).reshape(result.faces.shape)
@@ -97,9 +110,9 @@ def test_a_killed_server_loses_no_job_and_its_clients_find_it_again(tmp_path, n)
                 workers = engine.worker_pids()
                 engine.kill()
                 engine = Engine(tmp_path / "data")
-                until_message(client, lambda m: isinstance(m, Welcome), 30)
+                until_message(client, lambda m: isinstance(m, Welcome))
                 # A worker that was just being started ends as soon as it has read that its server is gone.
-                end_s = time.monotonic() + 10
+                end_s = time.monotonic() + WITHIN_S
                 while any(is_alive(pid) for pid in workers):
                     assert time.monotonic() < end_s, "workers of the former engine live on"
                     time.sleep(0.05)
@@ -137,10 +150,10 @@ def test_a_job_that_kills_its_worker_fails_and_the_next_one_runs(tmp_path):
         good = toy_job(steps=5)
         client.request(bad)
         client.request(good)
-        state = client.wait(bad.job, 60)
+        state = client.wait(bad.job, WITHIN_S)
         assert (state.state, state.error_code) == (FAILED, "worker_lost")
         assert "code 9" in state.error_message and state.error_hint
-        assert client.wait(good.job, 20).state == DONE
+        assert client.wait(good.job, WITHIN_S).state == DONE
 
 
 @pytest.mark.slow
@@ -150,7 +163,7 @@ def test_a_job_that_hangs_can_be_cancelled(tmp_path):
         client.request(job)
         until_step(client, job.job, 2)
         client.request(Cancel(job.job))
-        assert until_state(client, job.job, CANCELLED, within_s=40)
+        assert until_state(client, job.job, CANCELLED, within_s=CANCEL_LIMIT_S + WITHIN_S)
 
 
 def test_200_jobs_of_8_clients_with_random_cancels(tmp_path):
@@ -169,7 +182,7 @@ def test_200_jobs_of_8_clients_with_random_cancels(tmp_path):
             if generator.random() < 0.1:
                 client.send(Pause(job.job))
                 client.send(Resume(job.job))
-        end_s = time.monotonic() + 60
+        end_s = time.monotonic() + 2 * WITHIN_S
         while any(len([j for j in c.jobs.values() if j.state in FINAL_STATES]) < 200 for c in clients):
             for client in clients:
                 client.poll(0.005)
@@ -186,18 +199,19 @@ def test_200_jobs_of_8_clients_with_random_cancels(tmp_path):
 
 
 def test_the_order_of_one_priority_is_kept(tmp_path):
+    hold = tmp_path / "hold"
+    hold.touch()
     with running(tmp_path / "data") as engine, engine.client() as client:
-        first = toy_job(steps=30, behavior=SLOWLY)
+        first = toy_job(steps=3, behavior=json.dumps({"hold_at": 1, "hold": str(hold)}))
         client.request(first)
         until_step(client, first.job, 1)
         jobs = [toy_job(steps=1, priority=priority) for priority in (0, 5, 0, 5, -3, 0)]
         for job in jobs:
             client.request(job)
-        order = []
-        while len(order) < len(jobs):
-            message = until_message(client, lambda m: getattr(m, "state", "") == DONE and m.job != first.job)
-            order.append(next(index for index, job in enumerate(jobs) if job.job == message.job))
-        assert order == [1, 3, 0, 2, 5, 4]
+        hold.unlink()
+        messages = until(client, lambda: all(state.state == DONE for state in client.jobs.values()))
+        order = [message.job for message in messages if getattr(message, "state", "") == DONE]
+        assert order == [first.job, *(jobs[index].job for index in (1, 3, 0, 2, 5, 4))]
 
 
 def raw_socket(engine: Engine) -> tuple[zmq.Context, zmq.Socket]:
@@ -226,14 +240,14 @@ def test_a_client_that_stops_reading_slows_nobody(tmp_path):
         before = memory_bytes(engine.process.pid)
         for _ in range(3000):
             deaf.send_multipart(encode(Ping(1)))
-        assert client.wait(job.job, 30).elapsed_s < 15.0
+        assert client.wait(job.job, WITHIN_S).state == DONE
         assert memory_bytes(engine.process.pid) - before < 60e6
         answered_s = []
         for _ in range(50):
             started_s = time.monotonic()
-            client.request(Ping(), 5.0)
+            client.request(Ping(), WITHIN_S)
             answered_s.append(time.monotonic() - started_s)
-        assert sorted(answered_s)[25] < 0.05
+        assert sorted(answered_s)[25] < 0.2
         context.destroy(linger=0)
 
 
@@ -366,7 +380,12 @@ def test_the_file_thread_survives_what_goes_wrong(tmp_path):
     files.close()
 
 
-def test_a_worker_that_misses_a_deadline_is_killed_and_its_job_named(tmp_path):
+@pytest.mark.parametrize(
+    ("within_s", "reason", "is_fatal"),
+    [(0.05, "the picture took too long", True), (1000.0, "the process ended with code -9", False)],
+)
+def test_a_worker_that_misses_a_deadline_is_killed_and_its_job_named(tmp_path, within_s, reason, is_fatal):
+    """One that is killed by others while the deadline runs is not to blame, and its job goes on elsewhere."""
     (tmp_path / "empty").mkdir()
     workers = Workers(
         ("cpu",), "tcp://127.0.0.1:1", "secret", "tests.toy_pipeline", tmp_path, lambda route, message: True
@@ -374,20 +393,22 @@ def test_a_worker_that_misses_a_deadline_is_killed_and_its_job_named(tmp_path):
     assert workers.poll(may_start=True) == []
     (worker,) = workers
     worker.job = "a"
-    workers.expect(worker, 0.05, "the picture took too long", is_fatal=True)
+    workers.expect(worker, within_s, "the picture took too long", is_fatal=True)
+    if not is_fatal:
+        worker.process.kill()
     lost, end_s = [], time.monotonic() + 10
     while not lost and time.monotonic() < end_s:
         lost = workers.poll(may_start=False)
         time.sleep(0.02)
-    assert [(item.job, item.reason, item.is_fatal) for item in lost] == [("a", "the picture took too long", True)]
+    assert [(item.job, item.reason, item.is_fatal) for item in lost] == [("a", reason, is_fatal)]
     workers.close()
 
 
 def test_a_worker_that_cannot_start_is_told_with_the_end_of_its_log(tmp_path):
     with running(tmp_path / "data", pipeline="tests.no_such_module") as engine, engine.client() as client:
-        until(client, lambda: client.status is not None and client.status.workers == "crashed", 30)
+        until(client, lambda: client.status is not None and client.status.workers == "crashed")
         assert "No module named 'tests.no_such_module'" in client.status.problem
-        assert client.request(Ping(), 5.0).workers == "crashed"
+        assert client.request(Ping()).workers == "crashed"
 
 
 def test_no_timer_depends_on_the_clock_on_the_wall():
@@ -404,6 +425,50 @@ def test_no_timer_depends_on_the_clock_on_the_wall():
             ):
                 users.append(path.name)
     assert users == ["dispatch.py"]
+
+
+def test_a_clock_that_jumps_by_years_changes_nothing(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import itertools, time\nreal, jumps = time.time, itertools.cycle([0.0, 4e8, -3e8])\n"
+        "time.time = lambda: real() + next(jumps)\n"
+    )
+    with running(tmp_path / "data", python_path=tmp_path) as engine, engine.client() as client:
+        jobs = [toy_job(steps=20, behavior=SLOWLY) for _ in range(4)]
+        for job in jobs:
+            client.request(job)
+        messages = until(client, lambda: all(state.state == DONE for state in client.jobs.values()))
+        assert [m.job for m in messages if getattr(m, "state", "") == DONE] == [job.job for job in jobs]
+        states = [client.jobs[job.job] for job in jobs]
+        assert all(state.metrics["value"] == expected_value(20) and 0 <= state.elapsed_s < WITHIN_S for state in states)
+        dates = [state.created_unix_s for state in states]
+        assert max(dates) - min(dates) > 1e8, "the clock has not jumped"
+
+
+def test_a_killed_server_still_knows_how_far_its_job_was(tmp_path):
+    """So that the job can be stopped and kept before its next worker has loaded anything."""
+    hold = tmp_path / "hold"
+    hold.touch()
+    engine = Engine(tmp_path / "data")
+    try:
+        with engine.client() as client:
+            job = toy_job(steps=60, behavior=json.dumps({"checkpoint_every": 5, "hold_at": 20, "hold": str(hold)}))
+            client.request(job)
+            until_step(client, job.job, 20)
+            until(client, lambda: saved_step(engine) == 20)
+            engine.kill()
+            engine = Engine(tmp_path / "data")
+            until_message(client, lambda message: isinstance(message, Welcome))
+            client.request(Keep(job.job))
+            state = client.wait(job.job, WITHIN_S)
+            assert (state.state, state.step, state.metrics["value"]) == (DONE, 20, expected_value(20))
+    finally:
+        engine.stop()
+
+
+def saved_step(engine: Engine) -> int:
+    """How far the only job is, as the next engine would read it."""
+    with closing(sqlite3.connect(engine.folder / "jobs.sqlite")) as database:
+        return json.loads(database.execute("SELECT body FROM jobs").fetchone()[0])["step"]
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "192.168.1.5", "::"])
@@ -438,7 +503,7 @@ def test_keys_open_an_engine_and_nothing_else_does(tmp_path, keys):
         assert announced["token"] == "" and announced["endpoint"].startswith("tcp://0.0.0.0:")
         endpoint = announced["endpoint"].replace("0.0.0.0", "127.0.0.1")
         with EngineClient(endpoint, keys=CurveKeys.load(server_key, alice)) as client:
-            assert isinstance(client.request(Ping(), 10), Status)
+            assert isinstance(client.request(Ping(), WITHIN_S), Status)
         with EngineClient(endpoint, keys=CurveKeys.load(server_key, bob)) as client:
             until(client, lambda: client.state == "refused")
         for wrong in (
@@ -450,7 +515,7 @@ def test_keys_open_an_engine_and_nothing_else_does(tmp_path, keys):
                 assert wrong.state in ("connecting", "refused")
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(WITHIN_S)
 
 
 def test_key_files_are_private_and_checked(keys, tmp_path):
@@ -468,11 +533,12 @@ def test_key_files_are_private_and_checked(keys, tmp_path):
 def test_progress_and_previews_wait_for_the_reader(tmp_path):
     """Of what a client has not acknowledged there is never more than one on the way."""
     with running(tmp_path / "data") as engine, engine.client() as client:
-        job = toy_job(steps=150, behavior=json.dumps({"delay_s": 0.01}))
-        client.request(job)
         context, slow = raw_socket(engine)
         slow.send_multipart(encode(Hello("slow")))
-        client.wait(job.job, 20)
+        assert slow.poll(WITHIN_S * 1000), "it must be there before the job is"
+        job = toy_job(steps=150, behavior=json.dumps({"delay_s": 0.01}))
+        client.request(job)
+        client.wait(job.job, WITHIN_S)
         time.sleep(0.3)
         kinds = []
         while slow.poll(200):

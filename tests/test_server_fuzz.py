@@ -86,7 +86,7 @@ class Attack:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.plain_username, self.socket.plain_password = b"conrad", engine.connection.token.encode()
-        self.socket.linger, self.socket.sndtimeo = 0, 10_000
+        self.socket.linger, self.socket.sndtimeo = 0, 60_000
         self.socket.connect(engine.connection.endpoint)
         self.socket.send_multipart(encode(Hello("fuzz")))
         self.client = engine.client()
@@ -105,8 +105,8 @@ class Attack:
 
     def check(self) -> None:
         started_s = time.monotonic()
-        assert isinstance(self.client.request(Ping(), 10.0), Status)
-        assert time.monotonic() - started_s < 5.0
+        assert isinstance(self.client.request(Ping(), 60.0), Status)
+        assert time.monotonic() - started_s < 30.0
         assert memory_bytes(self.engine.process.pid) - self.before < 100e6
         assert "Traceback" not in self.engine.log.read_text(), self.engine.log.read_text()[-3000:]
 
@@ -165,16 +165,16 @@ def test_a_peer_that_does_not_speak_zeromq(tmp_path):
         for data in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"\xff\0\0\0\0\0\0\0\1\x7f\3" + bytes(200), b""):
             with socket.create_connection(("127.0.0.1", port)) as stranger:
                 stranger.sendall(data)
-                assert isinstance(client.request(Ping(), 10.0), Status)
+                assert isinstance(client.request(Ping(), 60.0), Status)
 
 
 def test_a_frame_beyond_the_limit_is_not_taken(tmp_path):
     """ZeroMQ cuts the connection before it makes room for the frame."""
     with running(tmp_path / "data") as engine, engine.client() as client:
-        client.request(Ping(), 10.0)
+        client.request(Ping(), 60.0)
         before = memory_bytes(engine.process.pid)
         with closing(Attack(engine, True)) as attacker:
             attacker.socket.send_multipart([b"{}", bytes(300 * 1024 * 1024)], copy=False)
             time.sleep(0.5)
-            assert isinstance(client.request(Ping(), 10.0), Status)
+            assert isinstance(client.request(Ping(), 60.0), Status)
             assert memory_bytes(engine.process.pid) - before < 50e6

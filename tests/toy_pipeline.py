@@ -2,7 +2,8 @@
 
 Its state is a number that every step changes in a way that depends on all steps before, so that a result shows whether
 steps were lost or done twice. The prompt is JSON that says how it behaves:
-    delay_s (per step), checkpoint_every, crash_at (ends the process at this step), hang_at, error, n_faces, texture_size
+    delay_s (per step), checkpoint_every, crash_at (ends the process at this step), hang_at, error, n_faces, texture_size,
+    hold_at with hold (at this step it waits, open to commands, for as long as this file exists)
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None) -> JobResul
         _raise(behavior["error"])
     while step < n_steps:
         command = monitor.command()
-        while command is Command.PAUSE:
+        while command is Command.PAUSE or (command is Command.RUN and _is_held(behavior, step)):
             _show(monitor)
             time.sleep(0.01)
             command = monitor.command()
@@ -123,6 +124,10 @@ def _raise(kind: str) -> None:
     if kind == "disk_full":
         raise OSError(errno.ENOSPC, "No space left on device")
     raise RuntimeError("a mistake")
+
+
+def _is_held(behavior: dict, step: int) -> bool:
+    return behavior.get("hold_at") == step and Path(behavior["hold"]).exists()
 
 
 def _misbehave(behavior: dict, step: int) -> None:

@@ -60,6 +60,8 @@ class Worker:
     deadline_reason: str = ""
     is_deadline_fatal: bool = False
     """Missing it is the job's own fault."""
+    killed_for: str = ""
+    """Why this process was killed by us; empty while it was not."""
     ready: WorkerReady | None = None
 
     @property
@@ -192,9 +194,10 @@ class Workers:
                 continue
             if worker.deadline_s is not None and now_s > worker.deadline_s:
                 log.warning("worker %d is killed: %s", worker.number, worker.deadline_reason)
+                worker.killed_for = worker.deadline_reason
                 worker.process.kill()
             elif now_s - worker.heard_s > SILENCE_LIMIT_S:
-                worker.deadline_reason = f"it was not heard for {SILENCE_LIMIT_S:g} s"
+                worker.killed_for = f"it was not heard for {SILENCE_LIMIT_S:g} s"
                 worker.process.kill()
             if worker.process.poll() is not None:
                 lost += self._collect(worker, now_s)
@@ -224,6 +227,7 @@ class Workers:
             path.replace(path.with_suffix(".old.log"))
         worker.generation += 1
         worker.state, worker.job, worker.heard_s = STARTING, None, time.monotonic()
+        worker.killed_for = ""
         self.expect_nothing(worker)
         command = [*python_command("conrad_engine.server.worker"), *self._arguments]
         command += ["--device", worker.device, "--name", worker.route.decode()]
@@ -238,14 +242,15 @@ class Workers:
         """The process has ended: forget it, and name the job it leaves behind."""
         assert worker.process is not None
         code, job = worker.process.returncode, worker.job
-        reason = worker.deadline_reason or f"the process ended with code {code}"
+        reason = worker.killed_for or f"the process ended with code {code}"
         if worker.process.stdin is not None:
             worker.process.stdin.close()
         if worker.is_wanted:
             log.warning("worker %d was lost: %s", worker.number, reason)
             self._failed(worker, now_s)
         worker.process, worker.job, worker.ready, worker.state = None, None, None, ENDED
-        return [] if job is None else [Lost(job, reason, worker.is_deadline_fatal)]
+        # A process that ends for another reason while a deadline runs has missed nothing.
+        return [] if job is None else [Lost(job, reason, bool(worker.killed_for) and worker.is_deadline_fatal)]
 
     def _failed(self, worker: Worker, now_s: float) -> None:
         worker.restart_at_s = now_s + RESTART_DELAYS_S[min(worker.failures, len(RESTART_DELAYS_S) - 1)]
