@@ -246,7 +246,10 @@ def read_task(folder: Path, picture: str, config: PipelineConfig) -> Task:
     config, extras = _settled(config, side_car), {}
     for key, target in (("mask", "mask"), ("depth", "depth"), ("init", "init_mesh")):
         if key in side_car:
-            extras[target] = _read(path.parent / str(side_car[key]))
+            try:
+                extras[target] = _read(path.parent / str(side_car[key]))
+            except InputError as error:
+                raise InputError(f"{key} of {path.with_suffix('.json').name}: {error}") from None
     camera = side_car.get("camera")
     if isinstance(camera, str):
         camera = _json(path.parent / camera)

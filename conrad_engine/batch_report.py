@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +20,18 @@ if TYPE_CHECKING:
 
 PICTURE_SIDE = 220
 VIEWS_WIDTH = 1000
-SCORE_WORDS = ("psnr", "iou", "ssim", "lpips", "n_faces")
-"""Measures whose name holds one of these are shown."""
+SCORES = (
+    ("mesh_psnr", "mesh against the picture", "{:.1f} dB"),
+    ("field_psnr_full", "field against the picture", "{:.1f} dB"),
+    ("mesh_iou", "mask IoU", "{:.3f}"),
+    ("n_faces", "triangles", "{:,.0f}"),
+    ("components", "parts", "{:.0f}"),
+    ("manifold_edges", "manifold edges", "{:.2%}"),
+    ("steps", "steps", "{:.0f}"),
+)
+"""What is shown of a job's metrics: name there, name for people, format."""
+MEDIANS = ("mesh_psnr", "mesh_iou")
+"""Those of which the head of the page shows the median."""
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1280px; padding: 0 1rem;
@@ -31,11 +43,15 @@ h2 { font-size: 1rem; margin: 0 0 .4rem; overflow-wrap: anywhere } .meta { color
 .tag { font-size: .75rem; padding: .1rem .5rem; border-radius: 1rem; margin-left: .4rem; color: #fff; font-weight: 600 }
 .done { background: #2a7d46 } .failed { background: #b3261e } .todo { background: #777 }
 .why { background: #fdecea; color: #7a1c16; padding: .6rem .8rem; border-radius: 4px; overflow-wrap: anywhere }
-table { border-collapse: collapse; font-size: .85rem; margin-top: .6rem } td { padding: .1rem 1rem .1rem 0 }
-td:last-child { text-align: right; font-variant-numeric: tabular-nums }
+.item .none { display: grid; place-items: center; height: 140px; border: 1px dashed #bbb; border-radius: 4px }
+.note { color: #7a5a00; font-size: .85rem; margin: .5rem 0 0 } .item:target { background: #f4f7ff }
+dl { display: flex; flex-wrap: wrap; gap: .5rem 1.6rem; margin: .7rem 0 0; font-size: .85rem } dt { color: #666 }
+dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums } .links { margin: 0 0 1rem; line-height: 1.9 }
+.links a { color: #b3261e; margin-right: 1rem }
 @media (max-width: 700px) { .item { grid-template-columns: 1fr } }
 @media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd } .item { border-color: #333 }
- .sum, .meta { color: #999 } .why { background: #3a1a18; color: #f2b8b5 } }
+ .sum, .meta, dt { color: #999 } .why { background: #3a1a18; color: #f2b8b5 } .note { color: #d9b44a }
+ .links a { color: #f2b8b5 } .item:target { background: #20242c } .item .none { border-color: #555 } }
 """
 
 
@@ -52,18 +68,35 @@ def write_report(out: Path, folder: Path, entries: dict[str, Entry]) -> None:
     words = f"{counts['done']} done, {counts['failed']} failed" + (
         f", {counts['todo']} to do" if counts["todo"] else ""
     )
+    failed = [f"<a href='#{_anchor(name)}'>{html.escape(name)}</a>" for name, e in ordered if e.state == "failed"]
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>ConRad batch: {words}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(folder.resolve().name)}: {words}</h1>"
-        f"<p class=sum>{_duration(seconds)} of computing, written {time.strftime('%Y-%m-%d %H:%M')}</p>\n{body}\n</html>\n"
+        f"<p class=sum>{_duration(seconds)} of computing{_medians(entries)}, written {time.strftime('%Y-%m-%d %H:%M')}</p>\n"
+        + (f"<p class=links>Failed: {' '.join(failed)}</p>\n" if failed else "")
+        + f"{body}\n</html>\n"
     )
     write_atomic(out / "report.html", page.encode())
 
 
+def _anchor(name: str) -> str:
+    return f"item-{name.encode().hex()}"
+
+
+def _medians(entries: dict[str, Entry]) -> str:
+    """Medians over what is done, as the rest of a sentence."""
+    words = ""
+    for key, label, form in SCORES:
+        values = [e.metrics[key] for e in entries.values() if e.state == "done" and _is_number(e.metrics.get(key))]
+        if key in MEDIANS and values:
+            words += f", median {label} {form.format(statistics.median(values))}"
+    return words
+
+
 def _item(out: Path, folder: Path, name: str, entry: Entry) -> str:
     picture = _embedded(folder / entry.picture, PICTURE_SIDE, PICTURE_SIDE)
-    seen = f"<img src='{picture}' alt='input picture'>" if picture else "<p class=meta>the picture cannot be shown</p>"
+    seen = f"<img src='{picture}' alt='input picture'>" if picture else "<p class='meta none'>cannot be shown</p>"
     meta = [_duration(entry.seconds) if entry.seconds else "", entry.where]
     meta += [f"attempt {entry.attempts}" if entry.attempts > 1 else ""]
     right = f"<p class=why>{html.escape(entry.message)}</p>" if entry.state == "failed" else ""
@@ -71,19 +104,33 @@ def _item(out: Path, folder: Path, name: str, entry: Entry) -> str:
         views = _embedded(out / name / "sheet.png", VIEWS_WIDTH, VIEWS_WIDTH)
         right = f"<img src='{views}' alt='views of the object'>" if views else ""
         right += _scores(entry.metrics)
+        right += "".join(f"<p class=note>{html.escape(str(text))}</p>" for text in entry.metrics.get("warnings", []))
     return (
-        f"<section class=item><div>{seen}<p class=meta>{html.escape(' · '.join(filter(None, meta)))}</p></div>"
+        f"<section class=item id='{_anchor(name)}'><div>{seen}"
+        f"<p class=meta>{html.escape(' · '.join(filter(None, meta)))}</p>{_stages(entry.metrics)}</div>"
         f"<div><h2>{html.escape(name)}<span class='tag {entry.state}'>{entry.state}</span></h2>{right}</div></section>"
     )
 
 
+def _stages(metrics: dict) -> str:
+    stages = metrics.get("seconds_by_stage")
+    if not isinstance(stages, dict):
+        return ""
+    words = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in stages.items() if _is_number(seconds))
+    return f"<p class=meta>{html.escape(words)}</p>"
+
+
 def _scores(metrics: dict) -> str:
-    rows = [
-        f"<tr><td>{html.escape(name)}<td>{value:.4g}"
-        for name, value in metrics.items()
-        if isinstance(value, (int, float)) and any(word in name for word in SCORE_WORDS)
+    cells = [
+        f"<div><dt>{label}</dt><dd>{form.format(metrics[key])}</dd></div>"
+        for key, label, form in SCORES
+        if _is_number(metrics.get(key))
     ]
-    return f"<table>{''.join(rows)}</table>" if rows else ""
+    return f"<dl>{''.join(cells)}</dl>" if cells else ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _embedded(path: Path, width: int, height: int) -> str:

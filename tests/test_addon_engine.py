@@ -21,7 +21,7 @@ from blender_addon.jobs import JobTable, Notes
 from blender_addon.launcher import MAX_FAILURES, CannotStart, Launcher
 from blender_addon.protocol import Cancel, Keep, Resume
 from blender_addon.session import Session, with_result_wanted
-from tests.engine_process import ROOT, running, toy_job
+from tests.engine_process import ROOT, WITHIN_S, running, toy_job
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in interpreters are shell scripts")
 
@@ -35,7 +35,7 @@ def script(path: Path, body: str) -> str:
     return str(path)
 
 
-def until(is_true, within_s: float = 10.0) -> None:
+def until(is_true, within_s: float = WITHIN_S) -> None:
     end = time.monotonic() + within_s
     while not is_true():
         time.sleep(0.01)
@@ -57,7 +57,7 @@ def test_the_launcher_reads_the_announcement_and_passes_the_parent(tmp_path):
     launcher.start(python, ["--data", "x"], by_person=True)
     until(lambda: launcher.poll() == "announced")
     assert launcher.announcement.endpoint == "tcp://127.0.0.1:1" and launcher.announcement.token == "t"
-    until((tmp_path / "args").exists)
+    until(lambda: (tmp_path / "args").exists() and (tmp_path / "args").read_text().endswith("]"))
     arguments = eval((tmp_path / "args").read_text())[1:]
     assert arguments == ["-I", "-m", "conrad_engine", "serve", "--parent-pid", str(os.getpid()), "--data", "x"]
     announced = tmp_path / "folder" / "engine.announce"
@@ -142,7 +142,7 @@ def make_wheel(folder: Path, doctor: str = '{"ok": true, "version": "9", "python
     return path
 
 
-def finish(setup: engine_setup.SetUp, within_s: float = 60.0) -> None:
+def finish(setup: engine_setup.SetUp, within_s: float = 3 * WITHIN_S) -> None:
     until(lambda: setup.poll() or setup.is_done, within_s)
 
 
@@ -203,7 +203,7 @@ def make_session(folder: Path, data: Path | None, python: str = "") -> Session:
     return session
 
 
-def poll_until(session: Session, is_true, within_s: float = 20.0) -> list:
+def poll_until(session: Session, is_true, within_s: float = WITHIN_S) -> list:
     events = []
     end = time.monotonic() + within_s
     while not is_true():
@@ -304,7 +304,7 @@ def test_a_killed_engine_loses_no_job(tmp_path, monkeypatch):
     session.launcher.child.process.kill()
     poll_until(session, lambda: not session.launcher.is_running)
     assert job.is_active and session.wants_engine
-    poll_until(session, lambda: job.state_name == "done", within_s=40)
+    poll_until(session, lambda: job.state_name == "done")
     assert job.state.metrics["steps"] == 300
     session.stop()
     poll_until(session, lambda: not session.launcher.is_running)
@@ -366,5 +366,5 @@ def test_a_remote_engine_needs_its_keys(tmp_path):
         assert stranger.state is State.CRASHED and "none cannot be used" in stranger.state_line()
     finally:
         engine.terminate()
-        engine.wait(15)
+        engine.wait(WITHIN_S)
         engine.stdout.close()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from PIL import Image
 
 from conrad_engine.mesh.glb import read_textured
-from conrad_engine.protocol import DONE, FINAL_STATES, EngineClient, Progress, Submit, Welcome, new_job_id
+from conrad_engine.protocol import DONE, FINAL_STATES, EngineClient, Listed, Progress, Submit, Welcome, new_job_id
 
 from .conftest import figure_rgba, png_bytes
 from .engine_process import ROOT, Engine, running, until, until_message
@@ -60,6 +61,12 @@ def real_job(seed: int = 0) -> Submit:
     return Submit(
         new_job_id(), "real", picture, preset="draft", overrides=SETTINGS, texture_size=64, n_faces=500, seed=seed
     )
+
+
+def sent(client: EngineClient) -> str:
+    job = real_job()
+    client.request(job)
+    return job.job
 
 
 @dataclass(frozen=True)
@@ -113,18 +120,23 @@ def moments(undisturbed: Undisturbed):
         yield undisturbed.moment((part + generator.random()) / MOMENTS)
 
 
-def wait_for(client: EngineClient, job: str, moment: tuple[tuple[int, int], float]) -> bool:
-    """Wait until a job is there; False if it has ended before."""
+def at_work(client: EngineClient, send: Callable[[], str], moment: tuple[tuple[int, int], float]) -> str:
+    """Send a job and wait until it is there; where the machine has become faster and it has ended before, try again."""
     reached, later_s = moment
+    for _ in range(8):
+        job = send()
 
-    def is_there(message) -> bool:
-        is_over = job in client.jobs and client.jobs[job].state in FINAL_STATES
-        return is_over or (isinstance(message, Progress) and message.job == job and rank(message) >= reached)
+        def is_there(message, job=job) -> bool:
+            is_over = job in client.jobs and client.jobs[job].state in FINAL_STATES
+            return is_over or (isinstance(message, Progress) and message.job == job and rank(message) >= reached)
 
-    until_message(client, is_there, WITHIN_S)
-    time.sleep(later_s)
-    client.poll()
-    return client.jobs[job].state not in FINAL_STATES
+        until_message(client, is_there, WITHIN_S)
+        time.sleep(later_s)
+        client.poll()
+        if client.jobs[job].state not in FINAL_STATES:
+            return job
+        later_s *= 0.6
+    raise AssertionError("every job had ended before its moment came")
 
 
 def array_of(array) -> np.ndarray:
@@ -188,15 +200,11 @@ def test_a_killed_worker(tmp_path):
     with running(tmp_path / "data", pipeline="conrad_engine.pipeline") as engine, engine.client() as client:
         start_worker(client)
         undisturbed = run_undisturbed(client)
-        n_hit = 0
         for moment in moments(undisturbed):
-            job = real_job()
-            client.request(job)
-            n_hit += wait_for(client, job.job, moment)
+            job = at_work(client, lambda: sent(client), moment)
             for pid in engine.worker_pids():
                 os.kill(pid, signal.SIGKILL)
-            check_result(client, engine, job.job, undisturbed, tmp_path)
-        assert n_hit >= MOMENTS - 3, "most jobs must have been at work when their worker was killed"
+            check_result(client, engine, job, undisturbed, tmp_path)
 
 
 def test_a_killed_server(tmp_path):
@@ -205,17 +213,18 @@ def test_a_killed_server(tmp_path):
         with engine.client() as client:
             start_worker(client)
             undisturbed = run_undisturbed(client)
-            n_hit = 0
+            jobs = set(client.jobs)
             for moment in moments(undisturbed):
-                job = real_job()
-                client.request(job)
-                n_hit += wait_for(client, job.job, moment)
+                job = at_work(client, lambda: sent(client), moment)
+                jobs |= set(client.jobs)
                 engine.kill()
                 engine = Engine(tmp_path / "data", pipeline="conrad_engine.pipeline")
                 until_message(client, lambda message: isinstance(message, Welcome), WITHIN_S)
-                check_result(client, engine, job.job, undisturbed, tmp_path)
-            assert n_hit >= MOMENTS - 3, "most jobs must have been at work when their server was killed"
-            assert len(client.jobs) == MOMENTS + 1, "no job is lost"
+                check_result(client, engine, job, undisturbed, tmp_path)
+            with engine.client("later") as later:
+                until_message(later, lambda message: isinstance(message, Listed), WITHIN_S)
+                assert {state.state for state in later.jobs.values()} == {DONE}
+                assert len(jobs) > MOMENTS and later.jobs.keys() == jobs, "no job is lost"
     finally:
         engine.stop()
 
@@ -227,16 +236,23 @@ def test_a_killed_client(tmp_path):
     command = [sys.executable, "-m", "conrad_engine", "submit", str(picture), "--data", str(tmp_path / "data")]
     command += ["--preset", "draft", "--texture-size", "64", "--faces", "500", "--preview-dir", str(tmp_path / "seen")]
     command += [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+    processes = []
+
+    def submitted() -> str:
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT))
+        return processes[-1].stdout.readline().decode().strip()
+
     with running(tmp_path / "data", pipeline="conrad_engine.pipeline") as engine, engine.client() as client:
         start_worker(client)
         undisturbed = run_undisturbed(client)
-        n_hit = 0
-        for moment in moments(undisturbed):
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
-            job = process.stdout.readline().strip()
-            n_hit += wait_for(client, job, moment)
-            process.kill()
-            process.communicate()
-            check_result(client, engine, job, undisturbed, tmp_path)
-        assert n_hit >= MOMENTS - 3, "most jobs must have been at work when their client was killed"
-        assert len(client.jobs) == MOMENTS + 1
+        try:
+            for moment in moments(undisturbed):
+                job = at_work(client, submitted, moment)
+                processes[-1].kill()
+                check_result(client, engine, job, undisturbed, tmp_path)
+            assert len(client.jobs) == 1 + len(processes) > MOMENTS
+            assert list((tmp_path / "seen").glob("*.png")), "the clients have watched"
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
