@@ -109,21 +109,23 @@ def test_with_a_camera_the_mesh_lies_in_its_world(tmp_path):
 
 class CancelAt(Monitor):
     def __init__(self, step):
-        self.step, self.seen = step, 0
+        self.step, self.steps = step, []
 
     def progress(self, progress):
         if progress.stage == "optimize":
-            self.seen = progress.step
+            self.steps.append(progress.step)
 
     def command(self):
-        return Command.CANCEL if self.seen >= self.step else Command.RUN
+        return Command.CANCEL if self.steps and self.steps[-1] >= self.step else Command.RUN
 
 
 def test_cancelled_job_resumes_to_the_same_result(tmp_path, finished):
     with pytest.raises(Cancelled):
         pipeline.generate(toy_job(), tmp_path, CancelAt(13))
     assert not (tmp_path / "mesh.glb").exists()
-    again = pipeline.generate(toy_job(), tmp_path)
+    watcher = CancelAt(10_000)
+    again = pipeline.generate(toy_job(), tmp_path, watcher)
+    assert watcher.steps == list(range(13, 31)), "where it goes on from is told first"
     a, b = (json.loads((r.folder / "metrics.json").read_text()) for r in (finished, again))
     assert abs(a["mesh_psnr"] - b["mesh_psnr"]) < 0.3 and abs(a["mesh_iou"] - b["mesh_iou"]) < 0.005
 
