@@ -1,8 +1,8 @@
 """kill -9 of worker, server and client at 20 moments of a job of the real pipeline with the embedded prior, at toy size.
 
 A job whose process dies goes on from its checkpoint. The seed and the step's number alone decide the loop's random numbers,
-so it repeats what an undisturbed run does: only the rounding of sums by several threads could differ. The tolerances are
-therefore those of rounding, far below what another seed changes (see `test_another_seed_is_told_apart`).
+so it repeats what an undisturbed run does: where this was written, to the last bit of every array. The tolerances leave room
+for sums that threads round in another order, and are far below what another seed changes (`test_another_seed_is_told_apart`).
 """
 
 import io
@@ -163,7 +163,7 @@ def check_metrics(found: dict, wanted: dict) -> None:
     )
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        expected = pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value
+        expected = pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value
         assert found[name] == expected, f"{name}: {found[name]} instead of {value}"
 
 
@@ -172,9 +172,9 @@ def check_artefacts(client: EngineClient, job: str, state, undisturbed: Undistur
     vertices, faces = array_of(result.vertices), array_of(result.faces)
     assert np.isfinite(vertices).all() and faces.min() >= 0 and faces.max() < len(vertices)
     assert vertices.shape == undisturbed.vertices.shape
-    assert np.abs(vertices - undisturbed.vertices).max() < 1e-3
+    assert np.abs(vertices - undisturbed.vertices).max() < 1e-5
     difference = array_of(result.texture).astype(float) - undisturbed.texture
-    assert np.abs(difference).mean() < 0.1, "of 255"
+    assert np.abs(difference).max() <= 1, "of 255"
     files = {part: bytes(client.fetch(job, part).data) for part in state.parts if part != "arrays"}
     assert {"mesh.glb", "texture.png", "sheet.png", "camera.json", "config.json", "metrics.json"} <= files.keys()
     (tmp_path / "mesh.glb").write_bytes(files["mesh.glb"])
