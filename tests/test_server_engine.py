@@ -1,6 +1,7 @@
 """The real server process with real worker processes and clients; only the optimisation is a toy that counts."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import zlib
 import numpy as np
 import pytest
 import zmq
+from PIL import Image
 
 from conrad_engine.protocol import (
     CANCELLED,
@@ -54,6 +56,8 @@ from conrad_engine.protocol import (
 )
 from conrad_engine.server.clients import FORGET_AFTER_S
 from conrad_engine.server.dispatch import DECODE_LIMIT_S
+from conrad_engine.server.inputs import read_inputs
+from conrad_engine.server.store import Store
 
 from .engine_process import (
     ROOT,
@@ -317,6 +321,18 @@ def test_what_must_not_be_decoded_is_refused_before_the_job_begins(client, name,
     state = client.wait(job.job, WITHIN_S)
     assert (state.state, state.error_code) == (FAILED, "input"), state
     assert re.search(complaint, state.error_message), state.error_message
+
+
+def test_what_is_decoded_after_the_inputs_is_limited_too(tmp_path, monkeypatch):
+    """Such as textures inside a start mesh."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    store = Store(tmp_path)
+    job = toy_job()
+    store.put_inputs(job)
+    read_inputs(store.job_folder(job.job) / "input")
+    store.close()
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(bomb()))
 
 
 @pytest.mark.slow

@@ -6,7 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conrad_engine.protocol import CANCELLED, DONE, FAILED, FINAL_STATES, PAUSED, QUEUED, RUNNING
+from conrad_engine.protocol import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    FINAL_STATES,
+    PAUSED,
+    QUEUED,
+    RESULT_FILES,
+    RUNNING,
+    JobState,
+    decode,
+    encode,
+    new_job_id,
+)
 from conrad_engine.server.job_queue import MAX_DEATHS, Job, JobQueue, StateError, UnknownJob
 
 
@@ -272,3 +285,16 @@ def test_no_client_names_files_or_trust_of_the_engines_machine(name, value):
     settings = {"preset": "draft", "guidance": "", "prompt": "", "seed": 0, "texture_size": None, "n_faces": None}
     with pytest.raises(InputError, match="cannot be set by a client|hub id"):
         pipeline_config({**settings, "overrides": {name: value}})
+
+
+def test_all_that_a_job_tells_people_fits_into_one_message():
+    """In any script: what cannot be sent would be a change of state that nobody hears of."""
+    queue = running(name="\u4e16" * 200)
+    for number in range(30):
+        queue.warn("0", f"{number}" + "\u754c" * 1000)
+    metrics = {f"a measure with a long name {number}": 1.2345678901234567 for number in range(100)}
+    queue.finish("0", 1, RESULT_FILES, metrics)
+    job = queue.fail("0", "internal", "\u4e16" * 4000, "\u754c" * 4000)
+    told = ("name", "parts", "metrics", "warnings", "error_code", "error_message", "error_hint")
+    state = JobState(new_job_id(), 1, FAILED, **{name: getattr(job, name) for name in told})
+    assert decode(encode(state)) == state

@@ -33,7 +33,8 @@ def read_inputs(folder: Path) -> dict:
     if request["c2w"]:
         camera = {key: request[key] for key in ("c2w", "intrinsics", "width", "height", "object_size")}
         camera["object_center"] = request["object_center"] or [0.0, 0.0, 0.0]
-    return {
+    Image.MAX_IMAGE_PIXELS = None  # Our own limit, checked before anything is decoded, says what to do.
+    fields = {
         "picture": _picture(folder, "picture", arrays.get("pixels")),
         "mask": _picture(folder, "mask", arrays.get("mask_pixels")),
         "depth": _depth(folder, arrays.get("depth_pixels")),
@@ -41,6 +42,9 @@ def read_inputs(folder: Path) -> dict:
         "camera": camera,
         "init_mesh": _mesh(folder, arrays),
     }
+    # What is decoded later, such as textures of a start mesh, falls under Pillow's.
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    return fields
 
 
 def _picture(folder: Path, name: str, pixels: np.ndarray | None) -> bytes | None:
@@ -53,7 +57,6 @@ def _picture(folder: Path, name: str, pixels: np.ndarray | None) -> bytes | None
     if not path.exists():
         return None
     data = path.read_bytes()
-    Image.MAX_IMAGE_PIXELS = None  # Our own limit, checked before anything is decoded, says what to do.
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.format in PROGRAMS:

@@ -21,6 +21,8 @@ from ..errors import ConradError
 from ..protocol import CANCELLED, DONE, FAILED, FINAL_STATES, PAUSED, QUEUED, RUNNING
 
 KEEP, CANCEL = "keep", "cancel"
+MAX_WARNINGS, MAX_WARNING, MAX_REASON = 10, 500, 2000
+"""Number and characters of what a job tells people: all of it must fit into the header of one message, in any script."""
 MAX_DEATHS = 5
 """Workers that a job may lose without getting any further before it is given up."""
 
@@ -192,7 +194,13 @@ class JobQueue:
     def fail(self, job_id: str, code: str, message: str, hint: str = "") -> Job:
         job = self[job_id]
         return self._change(
-            job, state=FAILED, command="", worker=None, error_code=code, error_message=message, error_hint=hint
+            job,
+            state=FAILED,
+            command="",
+            worker=None,
+            error_code=code,
+            error_message=message[:MAX_REASON],
+            error_hint=hint[:MAX_WARNING],
         )
 
     def worker_lost(self, job_id: str, reason: str) -> Job:
@@ -221,7 +229,8 @@ class JobQueue:
 
     def warn(self, job_id: str, message: str) -> Job:
         job = self[job_id]
-        if message in job.warnings or len(job.warnings) >= 20:
+        message = message[:MAX_WARNING]
+        if message in job.warnings or len(job.warnings) >= MAX_WARNINGS:
             return job
         return self._change(job, warnings=(*job.warnings, message))
 
