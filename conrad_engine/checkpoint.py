@@ -14,7 +14,7 @@ import torch
 from .config import PipelineConfig
 from .errors import InputError
 from .files import write_atomic
-from .optimize import State
+from .state import State
 
 CHECKPOINT_VERSION = 1
 FILE_NAME = "checkpoint.pt"

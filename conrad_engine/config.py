@@ -413,11 +413,22 @@ class OptimizeConfig:
     orientation_weight: float = 0.0
     """Normals that face away from the camera (Ref-NeRF, arXiv:2112.03907, eq. 11); hash grid only."""
     depth_weight: float = 0.0
-    """Correlation with a relative depth map, decaying to nothing at half of the run."""
+    """Agreement with a relative depth map, decaying to nothing at half of the run."""
+    depth_loss: str = "correlation"
+    """How it is measured: correlation (Pearson's), or ranking (the order of all pairs of rays, as NeuralLift-360)."""
+    capture: str = "auto"
+    """auto captures a step in a CUDA graph where there is CUDA (as fast as the GPU, needs memory of its own), off does not."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     preview_every: int = 10
     """Steps between previews, at least."""
+
+    def __post_init__(self) -> None:
+        _check(self.capture in ("auto", "off"), f"unknown capture {self.capture!r}: use auto or off")
+        _check(
+            self.depth_loss in ("correlation", "ranking"),
+            f"unknown depth loss {self.depth_loss!r}: use correlation or ranking",
+        )
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,10 @@ class _View(nn.Module):
         self.picture = view.to(device)
         self.depth_camera = coarse.camera
         self.in_mask = coarse.mask[0] > 0.3
+        self.inside = self.in_mask.flatten().nonzero()[:, 0]
+        """Numbers of the depth map's pixels on the object: as a mask they would be counted, and waited for, at each use."""
         mask = self.picture.mask[None]
+        self.size = torch.tensor([self.picture.camera.width, self.picture.camera.height], device=mask.device)
         radius = max(1, round(config.dilate_px * max(mask.shape) / HULL_PIXELS))
         # 1 inside the carving frustum, the mask and a narrow margin; 2 inside the mask itself.
         hull = (F.max_pool2d(mask, 2 * radius + 1, 1, radius) > 0.3).float() + (mask > 0.5)
@@ -122,15 +125,17 @@ class _View(nn.Module):
         return torch.where(filled < 0, torch.where(self.in_mask, float("inf"), -1.0), filled)
 
     @torch.no_grad()
-    def infer_surface(self, field: Field, n_samples: int, fraction: float, occupancy: OccupancyGrid | None) -> None:
+    def infer_surface(
+        self, field: Field, n_samples: int, fraction: float, occupancy: OccupancyGrid | None, is_static: bool
+    ) -> None:
         """Look where the field's surface is now, seen from this camera."""
-        inside = self.in_mask.flatten()
-        origins, directions = self.depth_camera.rays()
-        found = torch.full_like(inside, float("nan"), dtype=torch.float32)
-        weights, t_starts, steps = render_density(field, origins[inside], directions[inside], n_samples, occupancy)
+        origins, directions = (x[self.inside] for x in self.depth_camera.rays())
+        found = torch.full_like(self.surface.flatten(), float("nan"))
+        weights, t_starts, steps = render_density(field, origins, directions, n_samples, occupancy, is_static)
         distances = quantile_distances(weights, t_starts, steps, fraction)
-        found[inside] = torch.where(weights.sum(-1) > 0.02, distances, float("nan"))
-        self.surface = self._continued(found.view(1, 1, *self.in_mask.shape))
+        found[self.inside] = torch.where(weights.sum(-1) > 0.02, distances, float("nan"))
+        # In place: a captured step reads the map where it was captured.
+        self.surface.copy_(self._continued(found.view_as(self.surface)))
 
     def lookup(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Picture colors (n, 3), place in the silhouette (n), distances and surface distances (n).
@@ -139,7 +144,7 @@ class _View(nn.Module):
         """
         camera = self.picture.camera
         uv, z_depths = camera.project(positions)
-        grid = (uv / torch.tensor([camera.width, camera.height], device=uv.device) * 2 - 1)[None, None]
+        grid = (uv / self.size * 2 - 1)[None, None]
         rgb = F.grid_sample(self.picture.rgb[None], grid, align_corners=False, padding_mode="border")[0, :, 0].T
         # Past the window the border's own value counts: empty, or open where the object leaves the picture.
         hull = F.grid_sample(self.hull, grid, mode="nearest", align_corners=False, padding_mode="border")[0, 0, 0]
@@ -168,7 +173,7 @@ class ConstrainedField(nn.Module):
         """The same constraint and surfaces with other (larger) versions of the pictures, for evaluation and texturing."""
         other = ConstrainedField(self.field, views, self.config)
         for mine, theirs in zip(self.views, other.views):
-            theirs.surface = mine.surface
+            theirs.surface = mine.surface.clone()
         other.fraction, other.delta, other.has_shell = self.fraction, self.delta, self.has_shell
         return other
 
@@ -184,13 +189,13 @@ class ConstrainedField(nn.Module):
         falling = self.config.fraction_start + part * (self.config.fraction_end - self.config.fraction_start)
         self.fraction = SHELL_FRACTION if self.has_shell else falling
 
-    def infer_surfaces(self, n_samples: int, occupancy: OccupancyGrid | None = None) -> None:
-        """Update d_ref of every view from the live field (inferred form only)."""
+    def infer_surfaces(self, n_samples: int, occupancy: OccupancyGrid | None = None, is_static: bool = False) -> None:
+        """Update d_ref of every view from the live field (inferred form only); `is_static` as in `render_rays`."""
         if self.config.kind != "known_depth":
             # Without the shell, or the surface would only ever find itself.
             has_shell, self.has_shell = self.has_shell, False
             for view in self.views:
-                view.infer_surface(self, n_samples, self.fraction, occupancy)
+                view.infer_surface(self, n_samples, self.fraction, occupancy, is_static)
             self.has_shell = has_shell
 
     def _constrained_density(self, density: Tensor, lookups: list) -> Tensor:

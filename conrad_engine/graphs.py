@@ -7,6 +7,7 @@ them is the limit (measured: 37 ms a step against 17 ms for the same kernels rep
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,17 +18,34 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_CALLS = 3
 """Calls on a side stream before the capture: libraries choose their kernels and allocate their workspaces there."""
+Tensors = tuple[Any, ...]
+"""Tensors, and further tuples of them."""
+_within = threading.local()
+"""Has `outer` while this thread warms up or captures a step: steps inside it are part of it."""
+
+
+def flat(nested: Tensors) -> list[Tensor]:
+    """The tensors of nested tuples in order."""
+    return [tensor for item in nested for tensor in ([item] if isinstance(item, Tensor) else flat(item))]
+
+
+def cloned(nested: Tensors) -> Tensors:
+    """The same tuples (a named tuple becomes a plain one) with copies of the tensors."""
+    return tuple(item.clone() if isinstance(item, Tensor) else cloned(item) for item in nested)
 
 
 class GraphedStep:
     """Calls a function; on CUDA its kernels are captured after a few calls and replayed from then on.
 
     Every call does one real step: the first ones run as they are (they are the warm-up), then one call captures and
-    replays. Anything else, a CPU or a function that cannot be captured, is called as it is; that is logged once.
+    replays. Anything else, a CPU or a function that cannot be captured, is called as it is; that is logged once. A step inside
+    another one becomes part of the other one's capture.
 
     What the function must keep to, so that a replay does the same as a call:
     - Tensors of fixed shapes; state lives in tensors that are changed in place; gradients are set to None at its start.
     - No result is read on the host (`item`, `if tensor`), and no tensor is made from host numbers.
+    - Nothing that is kept between calls holds an autograd graph of parameters (results are detached): the node that adds up
+      a parameter's gradient runs on the stream it was made on, and it lives as long as a graph that leads to it.
     - Random numbers from CUDA generators only: the default one, or those named in `generators`. Each replay draws anew.
     - Optimisers with `capturable=True`. Plain Python numbers are frozen as they were at the capture: after changing one,
       call `reset`.
@@ -47,7 +65,7 @@ class GraphedStep:
             generators: CUDA generators that the step draws from, besides the default one.
             enabled: False calls the step as it is.
         """
-        self._step, self._generators = step, tuple(generators)
+        self._step, self._generators, self._graph = step, tuple(generators), None
         self._wants_capture = enabled and device.type == "cuda"
         if self._wants_capture and any(generator.device.type != "cuda" for generator in self._generators):
             raise ValueError("a captured step cannot draw from a CPU generator: its numbers would repeat")
@@ -55,25 +73,38 @@ class GraphedStep:
 
     def reset(self) -> None:
         """Forget the capture, so that the next calls warm up and capture anew."""
+        if self._graph is not None:
+            # It may still be at work in the memory that is given back with it.
+            torch.cuda.synchronize()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, ...] = ()
+        self._inputs: Tensors = ()
         self._outputs: Any = None
         self._n_calls = 0
+
+    def disable(self) -> None:
+        """Call the step as it is from now on."""
+        self._wants_capture = False
+        self.reset()
 
     @property
     def is_captured(self) -> bool:
         return self._graph is not None
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the step is captured, or will be as far as is known."""
+        return self._wants_capture
+
+    def __call__(self, *inputs: Tensor | Tensors) -> Any:
         """One step.
 
         Args:
-            inputs: Copied to the captured step's own tensors, so shapes and types must stay the same.
+            inputs: Tensors or nested tuples of them, copied to the captured step's own: shapes and types must stay the same.
 
         Returns:
             What the step returns. Once captured, these are the same tensors every time: the next call overwrites them.
         """
-        if not self._wants_capture:
+        if not self._wants_capture or hasattr(_within, "outer"):
             return self._step(*inputs)
         if self._graph is None and self._n_calls < WARM_UP_CALLS:
             self._n_calls += 1
@@ -81,22 +112,29 @@ class GraphedStep:
         if self._graph is None and not self._try_capture(inputs):
             return self._step(*inputs)
         assert self._graph is not None, "captured just now"
-        for held, given in zip(self._inputs, inputs, strict=True):
-            held.copy_(given)
+        if held := flat(self._inputs):
+            torch._foreach_copy_(held, flat(inputs))
         self._graph.replay()
         return self._outputs
 
-    def _on_side_stream(self, inputs: tuple[Tensor, ...]) -> Any:
+    def _as_outer(self, inputs: Tensors) -> Any:
+        _within.outer = self
+        try:
+            return self._step(*inputs)
+        finally:
+            del _within.outer
+
+    def _on_side_stream(self, inputs: Tensors) -> Any:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            outputs = self._step(*inputs)
+            outputs = self._as_outer(inputs)
         torch.cuda.current_stream().wait_stream(side)
         # What was allocated on the side stream may be used, and freed, on the current one from now on.
         torch.cuda.synchronize()
         return outputs
 
-    def _try_capture(self, inputs: tuple[Tensor, ...]) -> bool:
+    def _try_capture(self, inputs: Tensors) -> bool:
         """Capture without running; False, once and for all, if the step cannot be captured.
 
         Raises:
@@ -105,20 +143,19 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
-        held = tuple(given.clone() for given in inputs)
+        held = cloned(inputs)
         torch.cuda.synchronize()
         try:
             # Other threads (previews, the server's heartbeat) may use the device meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._outputs = self._step(*held)
+                self._outputs = self._as_outer(held)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             logger.warning(
                 "the step cannot be captured in a CUDA graph, so it runs slower: %s", str(error).split("\n")[0]
             )
-            self._wants_capture = False
-            self._outputs = None
+            self.disable()
             return False
         self._graph, self._inputs = graph, held
         return True

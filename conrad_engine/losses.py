@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -28,10 +29,42 @@ def orientation_loss(
     return (weights.detach() * away.square()).sum(-1).mean()
 
 
-def correlation_loss(depths: Float[Tensor, " n"], relative: Float[Tensor, " n"]) -> Tensor:
-    """1 - Pearson correlation with a relative depth map: free of its scale and shift."""
-    a, b = depths - depths.mean(), relative - relative.mean()
-    return 1 - F.cosine_similarity(a[None], b[None], eps=1e-6)[0]
+def correlation_loss(
+    depths: Float[Tensor, " n"], relative: Float[Tensor, " n"], is_usable: Bool[Tensor, " n"] | None = None
+) -> Tensor:
+    """1 - Pearson correlation with a relative depth map: free of its scale and shift.
+
+    Args:
+        is_usable: Which rays count (all, if None); by a mask instead of an index, so that shapes depend on no values.
+    """
+    if is_usable is None:
+        is_usable = torch.ones_like(depths, dtype=torch.bool)
+    n = is_usable.sum().clamp(min=1)
+
+    def centered(values: Tensor) -> Tensor:
+        known = torch.where(is_usable, values, 0.0)
+        return torch.where(is_usable, known - known.sum() / n, 0.0)[None]
+
+    return 1 - F.cosine_similarity(centered(depths), centered(relative), eps=1e-6)[0]
+
+
+def ranking_loss(
+    depths: Float[Tensor, " n"], relative: Float[Tensor, " n"], is_usable: Bool[Tensor, " n"] | None = None
+) -> Tensor:
+    """Mean over all pairs of rays of how far their depths stand in the wrong order against a relative depth map.
+
+    NeuralLift-360 (arXiv:2211.16431, section 3.3), with its released code's margin of 0: max(0, -sign(r_i - r_j) (d_i - d_j)).
+
+    Args:
+        is_usable: See `correlation_loss`.
+    """
+    if is_usable is None:
+        is_usable = torch.ones_like(depths, dtype=torch.bool)
+    known = torch.where(is_usable, relative, 0.0)
+    order = (known[:, None] - known).sign()
+    are_usable = is_usable[:, None] & is_usable
+    wrong = (-order * (depths[:, None] - depths)).clamp(min=0)
+    return torch.where(are_usable, wrong, 0.0).sum() / are_usable.sum().clamp(min=1)
 
 
 def picture_loss(rgba: Float[Tensor, "n 4"], wanted: Float[Tensor, "n 4"]) -> Tensor:

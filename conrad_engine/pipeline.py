@@ -36,10 +36,11 @@ from .mesh.glb import load_mesh
 from .mesh.mesh import Mesh
 from .mesh.occupancy import signed_distance_grid
 from .monitor import Command, Monitor, Progress
-from .optimize import State, make_state, memory_bytes, n_total_steps, optimize
+from .optimize import memory_bytes, optimize
 from .preprocess.framing import Frame, condition_picture, frame_object
 from .preprocess.prepare import PreparedPicture, prepare_picture
 from .rendering.renderer import render_picture
+from .state import State, make_state, n_total_steps
 
 log = logging.getLogger(__name__)
 

@@ -34,3 +34,19 @@ def project(c2w, intrinsics, point):
     x, y, z = (w2c @ [*point, 1])[:3]
     fx, fy, cx, cy = intrinsics
     return cx + fx * x / -z, cy - fy * y / -z, -z
+
+
+def ranking(depths, relative):
+    """NeuralLift-360's depth loss: each pair of rays in turn."""
+    total = 0.0
+    for i in range(len(depths)):
+        for j in range(len(depths)):
+            order = np.sign(relative[i] - relative[j])
+            total += max(0.0, -order * (depths[i] - depths[j]))
+    return total / len(depths) ** 2
+
+
+def correlation(a, b):
+    """Pearson's, from its definition."""
+    a, b = np.asarray(a) - np.mean(a), np.asarray(b) - np.mean(b)
+    return (a * b).sum() / math.sqrt((a**2).sum() * (b**2).sum())

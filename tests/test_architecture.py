@@ -33,8 +33,11 @@ MAY_IMPORT = {
     "graphs": set(),
     "preprocess": {"cameras", "model_files", "known_models"},
     "mesh": {"cameras"},
-    "optimize": {"cameras", "constraint", "fields", "guidance", "losses", "rendering"},
-    "checkpoint": {"optimize"},
+    "state": {"constraint", "fields", "rendering"},
+    "warm_start": {"cameras", "constraint", "guidance", "state"},
+    "step": {"cameras", "graphs", "guidance", "losses", "rendering", "state", "warm_start"},
+    "optimize": {"cameras", "guidance", "state", "step", "warm_start"},
+    "checkpoint": {"state"},
     "preview": {"cameras"},
 }
 TOP_ROW = {

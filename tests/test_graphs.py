@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from conrad_engine.graphs import WARM_UP_CALLS, GraphedStep
+from conrad_engine.config import FieldConfig
+from conrad_engine.fields.dense_volume import DenseVolume
+from conrad_engine.graphs import WARM_UP_CALLS, GraphedStep, cloned, flat
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -133,3 +135,43 @@ def test_a_step_that_reads_results_falls_back(caplog: pytest.LogCaptureFixture) 
         values = [graphed() for _ in range(WARM_UP_CALLS + 3)]
     assert values == [float(k + 1) for k in range(WARM_UP_CALLS + 3)]
     assert len(caplog.records) == 1
+
+
+def test_nested_tensors_are_found_in_order_and_cloned() -> None:
+    a, b, c = torch.zeros(1), torch.ones(2), torch.ones(3)
+    nested = (a, ((), (b,)), c)
+    assert [len(tensor) for tensor in flat(nested)] == [1, 2, 3]
+    copies = flat(cloned(nested))
+    assert all(torch.equal(x, y) and x is not y for x, y in zip(copies, (a, b, c)))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_nested_inputs_are_refilled_and_an_inner_step_joins_the_outer_capture() -> None:
+    inner = GraphedStep(lambda x: 2 * x, CUDA)
+    outer = GraphedStep(lambda x, pair: inner(x) + pair[0] + pair[1][0], CUDA)
+    for k in range(WARM_UP_CALLS + 4):
+        x = torch.full((3,), float(k), device=CUDA)
+        assert outer(x, (x, (x.double(),))).tolist() == [4.0 * k] * 3
+    assert outer.is_captured and not inner.is_captured
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_dense_volume_is_captured_after_it_was_used_on_the_default_stream() -> None:
+    volume = DenseVolume(FieldConfig(resolution=16, coarsest=8), torch.tensor([[-1.0] * 3, [1.0] * 3], device=CUDA))
+    positions = torch.rand(64, 3, device=CUDA) * 2 - 1
+
+    def step() -> None:
+        volume.zero_grad(set_to_none=True)
+        volume.prepare()
+        volume.density(positions).sum().backward()
+
+    step()
+    expected = [p.grad.clone() for p in volume.parameters()]
+    graphed = GraphedStep(step, CUDA)
+    for _ in range(WARM_UP_CALLS + 2):
+        graphed()
+    assert graphed.is_captured
+    for parameter, gradient in zip(volume.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient)

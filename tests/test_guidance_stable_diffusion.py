@@ -95,8 +95,7 @@ def test_the_gradient_is_that_of_the_explicit_loss(any_folder, negative):
     )
     guidance, result = gradient_of(config)
     assert guidance.picture_size == 64
-    times = result.notes["time_low"], result.notes["time_high"]
-    draws = guidance.distiller._draw(views_rgba(), *times, torch.Generator().manual_seed(3), False)
+    draws = guidance.draw(3, 0.4, torch.Generator().manual_seed(3))
     close(result.gradient, explicit_gradient(any_folder, config, draws))
 
 
@@ -174,8 +173,7 @@ def test_ism_is_its_formula(folder):
     )
     guidance, result = gradient_of(config)
     denoiser = guidance._denoiser(VIEWS[:1])
-    times = result.notes["time_low"], result.notes["time_high"]
-    draws = guidance.distiller._draw(views_rgba()[:1], *times, torch.Generator().manual_seed(0), False)
+    draws = guidance.draw(1, 0.4, torch.Generator().manual_seed(0))
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     found, _ = guidance.distiller._latent_gradient(latents, draws, denoiser, slice(0, 1))
 
@@ -287,11 +285,11 @@ def test_denoised_pictures_are_shown_on_request(folder):
 
 def test_random_backgrounds_differ_by_view_and_white_is_white(folder):
     guidance, _ = gradient_of(StableDiffusionConfig(model=str(folder)))
-    draws = guidance.distiller._draw(torch.zeros(64, 4, 8, 8), 0.1, 0.9, torch.Generator().manual_seed(0), False)
+    draws = guidance.distiller.draw(64, 0.4, torch.Generator().manual_seed(0), False)
     is_gray = (draws.background[:, :1] == draws.background).all(dim=(1))
     assert 0.25 < float(is_gray.float().mean()) < 0.75
     assert draws.background.std(0).min() > 0.2
-    white = guidance.distiller._draw(torch.zeros(2, 4, 8, 8), 0.1, 0.9, None, True)
+    white = guidance.distiller.draw(2, 0.4, None, True)
     assert (white.background == 1).all()
 
 

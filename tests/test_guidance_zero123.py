@@ -160,8 +160,7 @@ def test_the_gradient_is_that_of_the_explicit_loss(folder, reference, variant):
     assert guidance.picture_size == 64
     rgba = views_rgba()
     result = guidance.gradient(rgba, VIEWS, 0.4, torch.Generator().manual_seed(3))
-    times = result.notes["time_low"], result.notes["time_high"]
-    draws = guidance.distiller._draw(rgba, *times, torch.Generator().manual_seed(3), True)
+    draws = guidance.draw(len(rgba), 0.4, torch.Generator().manual_seed(3))
     expected = explicit_gradient(folder, config, reference, rgba, draws.timesteps, draws.noise)
     torch.testing.assert_close(result.gradient, expected, atol=float(expected.abs().max()) * 1e-4, rtol=1e-3)
     assert result.gradient.abs().max() > 0

@@ -24,6 +24,9 @@ from conrad_engine.guidance.interfaces import GuidanceResult
 from conrad_engine.monitor import Command, Monitor
 from conrad_engine.preprocess.framing import frame_object
 from conrad_engine.rendering.renderer import render_picture
+from conrad_engine.state import make_state
+from conrad_engine.step import azimuth_reach, random_cameras
+from conrad_engine.warm_start import ring_cameras
 
 RADIUS = 0.575
 """The ball whose silhouette, in perspective, is the disc of the picture."""
@@ -81,7 +84,7 @@ def toy(kind="inferred_depth", steps=60, warm=0, field="dense_volume", **setting
     frame = frame_object(mask, None, PictureConfig(elevation_deg=0))
     view = reference_view(disc.astype(np.float32), mask, frame.camera)
     torch.manual_seed(0)
-    state = loop.make_state(make_field(config.field_, BOX), [view], config, CPU)
+    state = make_state(make_field(config.field_, BOX), [view], config, CPU)
     return state, config, frame, view
 
 
@@ -90,7 +93,7 @@ def run(state, config, frame, prior=None, monitor=None, save=lambda s: None):
 
 
 def ball_error(state, frame) -> float:
-    cameras = loop.ring_cameras(frame.condition, 3, 0.85, 32)
+    cameras = ring_cameras(frame.condition, 3, 0.85, 32)
     state.field.prepare()
     error = []
     for index, truth in enumerate(ball_picture(cameras)):
@@ -100,14 +103,15 @@ def ball_error(state, frame) -> float:
 
 
 @pytest.mark.parametrize(
-    ("field", "steps", "limit"), [("dense_volume", 90, 0.05), pytest.param("hash_grid", 220, 0.1, marks=pytest.mark.slow)]
+    ("field", "steps", "limit"),
+    [("dense_volume", 90, 0.05), pytest.param("hash_grid", 220, 0.1, marks=pytest.mark.slow)],
 )
 def test_distillation_finds_the_ball_behind_a_red_disc(field, steps, limit):
     state, config, frame, view = toy(steps=steps, field=field, hash_rate=0.02)
     before = ball_error(state, frame)
     run(state, config, frame)
     assert ball_error(state, frame) < min(limit, before / 2)
-    back = render_picture(state.constrained, loop.ring_cameras(frame.condition, 1, 0.85, 33)[0], 64)
+    back = render_picture(state.constrained, ring_cameras(frame.condition, 1, 0.85, 33)[0], 64)
     color = back.rgb[16, 16] / back.opacities[16, 16]
     assert color[1] > color[0] + 0.25, "the back is the prior's green"
     state.constrained.infer_surfaces(128)
@@ -251,10 +255,13 @@ def test_checkpoints_refuse_what_is_not_theirs(tmp_path):
 
 
 def test_views_spread_over_sectors_and_the_range_grows(generator):
-    state, config, frame, _ = toy(steps=100)
-    early = loop.random_cameras(state, frame.condition, config, generator)
-    state.step, state.n_views = 99, 8
-    late = loop.random_cameras(state, frame.condition, config, generator)
+    _, config, frame, _ = toy(steps=100)
+
+    def views(n, progress):
+        numbers, reach = torch.rand(4, n, generator=generator), azimuth_reach(progress, config)
+        return random_cameras(numbers, reach, 0.85, frame.condition, config)
+
+    early, late = views(2, 0.0), views(8, 0.99)
     early_azimuth = torch.atan2(early.positions[:, 0], -early.positions[:, 1])
     assert early_azimuth.abs().max() <= 0.3 * math.pi + 1e-4
     azimuths = torch.atan2(late.positions[:, 0], -late.positions[:, 1]).sort().values

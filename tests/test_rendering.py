@@ -106,7 +106,7 @@ def test_occupancy_leaves_the_picture_and_saves_evaluations(generator):
     pictures, counts = [], []
     for occupancy in (None, grid):
         ball.n_evaluated = 0
-        pictures.append(render_rays(ball, origins, directions, 64, occupancy, is_jittered=False))
+        pictures.append(render_rays(ball, origins, directions, 64, occupancy))
         counts.append(ball.n_evaluated)
     assert torch.allclose(pictures[0].rgb, pictures[1].rgb, atol=1e-6)
     assert torch.allclose(pictures[0].weights, pictures[1].weights, atol=1e-6)

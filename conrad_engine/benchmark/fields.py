@@ -48,7 +48,8 @@ def orbit_rays(n_views: int, size: int, device: torch.device) -> tuple[Tensor, T
 def ray_points(size: int, n_samples: int, device: torch.device) -> Tensor:
     """Samples along the rays of one camera, ray by ray, in the unit cube."""
     origins, directions = orbit_rays(1, size, device)
-    t_starts, steps = sample_rays(origins, directions, unit_box(device), n_samples)
+    jitter = torch.rand(len(origins), 1, device=device)
+    t_starts, steps = sample_rays(origins, directions, unit_box(device), n_samples, jitter)
     positions = origins[:, None] + (t_starts + steps / 2)[..., None] * directions[:, None]
     return ((positions.reshape(-1, 3) + 1) / 2).clamp(0, 1)
 
@@ -205,7 +206,8 @@ def _renders(report: Report, config: FieldConfig, encoders: tuple[str, ...], siz
         def both(field: DenseVolume | HashField = field) -> None:
             field.zero_grad(set_to_none=True)
             field.prepare()
-            render_rays(field, origins, directions, n_samples).rgba.backward(weight)
+            jitter = torch.rand(len(origins), 1, device=origins.device)
+            render_rays(field, origins, directions, n_samples, jitter=jitter).rgba.backward(weight)
 
         n_calls = 5 if name.endswith("torch") else 20
         report.time(name, both, n_calls=n_calls)

@@ -58,7 +58,8 @@ class PeerStep:
     def _render(self, cameras: Camera) -> tuple[Tensor, Tensor]:
         """Premultiplied RGBA (1, 4, h, w) and opacities, samples in empty cells left out."""
         origins, directions = (rays.reshape(-1, 3) for rays in cameras.rays())
-        t_starts, steps = sample_rays(origins, directions, self.field.aabb, self.n_samples)
+        jitter = torch.rand(len(origins), 1, device=self.device)
+        t_starts, steps = sample_rays(origins, directions, self.field.aabb, self.n_samples, jitter)
         positions = origins[:, None] + (t_starts + steps / 2)[..., None] * directions[:, None]
         ray, sample = torch.nonzero(self.occupancy.contains(positions) & (steps > 0), as_tuple=True)
         self.n_kept = len(ray)

@@ -19,8 +19,9 @@ from ..guidance.embedded.prior import camera_rows, fast_precision
 from ..guidance.embedded.sampling import ConditionedPrior
 from ..guidance.frozen_encoder import rewrite_encoder
 from ..guidance.fused_norms import fuse_norms
-from ..optimize import make_state, train_step
 from ..rendering.renderer import render_rays
+from ..state import make_state
+from ..step import TrainStep
 from .ceilings import Ceilings, count_flop
 from .fields import PAPER_GRID, SMALL_GRID, orbit_cameras, unit_box
 from .guidance import channels_last, half, unet_inputs
@@ -95,7 +96,10 @@ class StaticStep:
     def pictures(self, cameras: Camera) -> Tensor:
         origins, directions = cameras.rays()
         self.field.prepare()
-        rendering = render_rays(self.field, origins.reshape(-1, 3), directions.reshape(-1, 3), self.rays.n_samples)
+        jitter = torch.rand(origins[..., 0].numel(), 1, device=self.device)
+        rendering = render_rays(
+            self.field, origins.reshape(-1, 3), directions.reshape(-1, 3), self.rays.n_samples, jitter=jitter
+        )
         size = self.rays.size
         return rendering.rgba.view(self.n_views, size, size, 4).permute(0, 3, 1, 2)
 
@@ -160,27 +164,29 @@ def latent_loss(
 
 
 def _loop(report: Report) -> None:
-    """`optimize.train_step` with the embedded prior, as a job runs it."""
+    """`step.TrainStep` with the embedded prior, as a job runs it: on CUDA captured, and once more as it is."""
     device = report.device
-    report.begin("step, the engine's loop", "optimize.train_step of the presets, embedded prior, constraint and losses")
+    report.begin("step, the engine's loop", "step.TrainStep of the presets, embedded prior, constraint and losses")
+    captures = ("off", "auto") if device.type == "cuda" else ("off",)
     for name in ("draft",) if report.is_small else ("draft", "standard"):
-        try:
-            step = loop_step(name, device)
-        except EXPECTED_ERRORS as error:
-            report.fail(f"preset {name}", error)
-            continue
-        n_views = preset(name).optimize.n_views
-        timing = report.time(f"preset {name}, {n_views} views", step, n_calls=10 if report.is_small else 40)
-        rate(timing, n_views, report)
+        for capture in captures:
+            label = f"preset {name}, {preset(name).optimize.n_views} views{', captured' if capture == 'auto' else ''}"
+            try:
+                step = loop_step(name, device, capture)
+            except EXPECTED_ERRORS as error:
+                report.fail(label, error)
+                continue
+            timing = report.time(label, step, n_calls=10 if report.is_small else 40)
+            rate(timing, preset(name).optimize.n_views, report)
 
 
-def loop_step(name: str, device: torch.device) -> Callable[[], object]:
-    """A step in the middle of a job: a ball's picture, random or shipped weights."""
+def loop_step(name: str, device: torch.device, capture: str) -> Callable[[], object]:
+    """Steps from the middle of a job on: a ball's picture, shipped weights."""
     from ..guidance.embedded.prior import EmbeddedPrior
     from ..guidance.interfaces import ReferencePicture
 
     config = preset(name)
-    config = replace(config, optimize=replace(config.optimize, warm_start_views=0, n_steps=1000))
+    config = replace(config, optimize=replace(config.optimize, warm_start_views=0, n_steps=1000, capture=capture))
     v, u = (np.mgrid[:128, :128] + 0.5) / 64 - 1
     mask = (np.hypot(u, v) < 0.8).astype(np.float32)
     rgb = np.stack([mask * 0.8, 0.5 + 0.4 * u, 0.5 + 0.4 * v], -1).astype(np.float32)
@@ -196,13 +202,12 @@ def loop_step(name: str, device: torch.device) -> Callable[[], object]:
     prior = EmbeddedPrior(config.guidance, device)
     rgba = torch.from_numpy(np.concatenate([rgb * mask[..., None], mask[..., None]], -1)).permute(2, 0, 1)
     prior.set_reference(ReferencePicture(rgba.to(device), condition))
-    generator = torch.Generator(device)
     state.step = 400
+    train_step = TrainStep(state, prior, condition, config)
 
     def step() -> object:
-        generator.manual_seed(state.step)
         state.step += 1
-        return train_step(state, prior, condition, config, generator)
+        return train_step()
 
     return step
 

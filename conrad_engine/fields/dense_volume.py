@@ -57,6 +57,9 @@ class DenseVolume(nn.Module):
 
     def prepare(self) -> None:
         """Sum the grids once for all look-ups until the parameters change; call it at the start of every step."""
+        # Before the new sum is made: as long as the old one lives, the grids' gradients are added up on its stream, which
+        # a CUDA graph must not be made to wait for.
+        self._volume = None
         total = self.grids[0]
         for grid in self.grids[1:]:
             total = F.interpolate(total, size=grid.shape[2:], mode="trilinear") + grid
@@ -88,6 +91,10 @@ class DenseVolume(nn.Module):
 
     def set_progress(self, progress: float) -> None:
         """Every level is active from the start; the pyramid itself is the coarse-to-fine scheme."""
+
+    def draw_smoothness(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The random numbers of `smoothness`: none."""
+        return ()
 
     def smoothness(self) -> Tensor:
         """Mean squared difference of neighbouring cells of the summed grid."""

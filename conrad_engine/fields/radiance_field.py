@@ -13,6 +13,8 @@ from .hash_grid import HashGrid
 
 N_INITIAL_FIT_STEPS = 200
 """Steps that fit the density network to a given initial shape."""
+N_SMOOTH_POINTS = 4096
+"""Pairs of points whose densities are compared by `smoothness`."""
 
 
 class HashField(nn.Module):
@@ -57,11 +59,16 @@ class HashField(nn.Module):
         extra = (self.config.n_levels - self.config.start_levels) * min(1.0, 2 * progress)
         self.encoding.active_levels = self.config.start_levels + round(extra)
 
-    def smoothness(self) -> Tensor:
+    def draw_smoothness(self, generator: torch.Generator) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
+        """The random numbers of `smoothness`: places in the unit cube, and moves."""
+        device = generator.device
+        places = torch.rand(N_SMOOTH_POINTS, 3, generator=generator, device=device)
+        return places, torch.randn(N_SMOOTH_POINTS, 3, generator=generator, device=device)
+
+    def smoothness(self, places: Float[Tensor, "n 3"], moves: Float[Tensor, "n 3"]) -> Tensor:
         """Change of density between nearby random points near the surface, in units of the activation."""
-        device = self.aabb.device
-        points = self.aabb[0] + torch.rand(4096, 3, device=device) * (self.aabb[1] - self.aabb[0])
-        moved = points + 0.02 * torch.randn_like(points)
+        points = self.aabb[0] + places * (self.aabb[1] - self.aabb[0])
+        moved = points + 0.02 * moves
         scale = self.config.density_scale
         return (torch.tanh(self.density(points) / scale) - torch.tanh(self.density(moved) / scale)).square().mean()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -53,9 +53,8 @@ class Denoiser:
     unconditional: Callable[[Tensor, Tensor, slice], Tensor]
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """The random numbers of one step, drawn before it so that a second attempt sees the same ones."""
+class Draws(NamedTuple):
+    """The random numbers of one step, drawn before it: a second attempt sees the same ones, and a captured one new ones."""
 
     timesteps: Int[Tensor, " n"]
     noise: Float[Tensor, "n 4 h w"]
@@ -106,22 +105,43 @@ class Distiller:
         generator: torch.Generator | None,
         white_background: bool,
     ) -> GuidanceResult:
-        """Out of memory, the step is done again with the next smaller preset, and the following ones too.
+        """See `interfaces.Guidance.gradient`; errors as those of `distill`."""
+        low, high = self._time_range(progress)
+        result = self.distill(rgba, cameras, self.draw(len(rgba), progress, generator, white_background))
+        return replace(result, notes={"time_low": low, "time_high": high})
+
+    def draw(self, n: int, progress: float, generator: torch.Generator | None, white_background: bool) -> Draws:
+        """See `interfaces.SplitGuidance.draw`."""
+        device, side = self.schedule.alphas_cumprod.device, self.picture_size // self.space.factor
+        where = device if generator is None else generator.device
+        low, high = self._time_range(progress)
+        timesteps = times_to_timesteps(sample_times(n, low, high, generator), len(self.schedule.alphas_cumprod))
+        noise = torch.randn(n, 4, side, side, generator=generator, device=where)
+        color = torch.rand(n, 4, 1, 1, generator=generator, device=where)
+        # Half of the views get a gray, half a color: the field must not use the background as part of the object.
+        plain = torch.where(color[:, 3:] < 0.5, color[:, :1].expand(-1, 3, -1, -1), color[:, :3])
+        background = torch.ones_like(plain) if white_background else plain
+        return Draws(timesteps.to(device), noise.to(device), background.to(device))
+
+    def _time_range(self, progress: float) -> tuple[float, float]:
+        return time_range(progress, self.config.schedule, self.config.t_min, self.config.t_start, self.config.t_end)
+
+    def distill(
+        self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Tensor, ...]
+    ) -> GuidanceResult:
+        """See `interfaces.SplitGuidance.distill`. Out of memory, the step is done again with the next smaller preset, and the
+        following ones too.
 
         Raises:
             torch.OutOfMemoryError: The smallest preset does not fit either.
         """
-        low, high = time_range(
-            progress, self.config.schedule, self.config.t_min, self.config.t_start, self.config.t_end
-        )
-        draws = self._draw(rgba, low, high, generator, white_background)
         while True:
             try:
-                gradient, loss, denoised = self._run(rgba.detach(), cameras, draws)
-                return GuidanceResult(gradient, loss, denoised, {"time_low": low, "time_high": high})
+                return GuidanceResult(*self._run(rgba.detach(), cameras, Draws(*draws)))
             except torch.cuda.OutOfMemoryError:
                 plan = smaller_plan(self.plan)
-                if plan is None:
+                # A capture cannot be mended from within: whoever captures tries again.
+                if plan is None or (rgba.is_cuda and torch.cuda.is_current_stream_capturing()):
                     raise
             # Outside the handler: the exception holds the failed step's tensors.
             log.warning("out of memory with preset %s; going on with preset %s", self.plan.name, plan.name)
@@ -160,20 +180,7 @@ class Distiller:
             for part in answer.chunk(k)
         ]
 
-    def _draw(
-        self, rgba: Tensor, low: float, high: float, generator: torch.Generator | None, white_background: bool
-    ) -> _Draws:
-        n, side = len(rgba), self.picture_size // self.space.factor
-        where = rgba.device if generator is None else generator.device
-        timesteps = times_to_timesteps(sample_times(n, low, high, generator), len(self.schedule.alphas_cumprod))
-        noise = torch.randn(n, 4, side, side, generator=generator, device=where)
-        color = torch.rand(n, 4, 1, 1, generator=generator, device=where)
-        # Half of the views get a gray, half a color: the field must not use the background as part of the object.
-        plain = torch.where(color[:, 3:] < 0.5, color[:, :1].expand(-1, 3, -1, -1), color[:, :3])
-        background = torch.ones_like(plain) if white_background else plain
-        return _Draws(timesteps.to(rgba.device), noise.to(rgba.device), background.to(rgba.device))
-
-    def _run(self, rgba: Tensor, cameras: Camera, draws: _Draws) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _run(self, rgba: Tensor, cameras: Camera, draws: Draws) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = (
             rgba,
             cameras.c2w.to(rgba),
@@ -183,9 +190,7 @@ class Distiller:
             draws.background,
         )
         self._size = cameras.width, cameras.height
-        # A captured step is bound to its shapes, and within a larger capture there can be no other one.
-        if rgba.is_cuda and torch.cuda.is_current_stream_capturing():
-            return self._step(*inputs)
+        # A captured step is bound to its shapes.
         signature = (self._size, self.shows_denoised, *(tuple(tensor.shape) for tensor in inputs))
         if signature != self._signature:
             self._signature = signature
@@ -200,7 +205,7 @@ class Distiller:
         """One step as a function of tensors alone: what is captured."""
         with torch.no_grad():
             denoiser = self.denoiser_of(Camera(c2w, intrinsics, *self._size))
-        draws = _Draws(timesteps, noise, background)
+        draws = Draws(timesteps, noise, background)
         gradients, losses, pictures = [], [], []
         for start in range(0, len(rgba), self.plan.views_at_once):
             views = slice(start, min(start + self.plan.views_at_once, len(rgba)))
@@ -221,7 +226,7 @@ class Distiller:
         return torch.cat(gradients), torch.stack(losses).sum(), torch.cat(pictures) if pictures else None
 
     def _latent_gradient(
-        self, latents: Tensor, draws: _Draws, denoiser: Denoiser, views: slice
+        self, latents: Tensor, draws: Draws, denoiser: Denoiser, views: slice
     ) -> tuple[Tensor, Tensor]:
         timesteps, noise = draws.timesteps[views], draws.noise[views]
         alphas = self.schedule.alphas_cumprod[timesteps]

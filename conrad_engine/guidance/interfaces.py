@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -66,3 +66,20 @@ class Guidance(Protocol):
             progress: Part of the optimisation done, 0 to 1; sets the noise level.
             generator: Source of the noise.
         """
+
+
+@runtime_checkable
+class SplitGuidance(Guidance, Protocol):
+    """Guidance whose random numbers can be drawn ahead, so that the rest needs no host and can be part of a CUDA graph."""
+
+    def draw(self, n: int, progress: float, generator: torch.Generator | None = None) -> tuple[Any, ...]:
+        """Everything about a step on n views that the device cannot know: random numbers and what follows from `progress`.
+
+        Returns:
+            Tensors on the device, or nested tuples of them; their shapes depend on n alone.
+        """
+
+    def distill(
+        self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Any, ...]
+    ) -> GuidanceResult:
+        """`gradient` with the numbers of an earlier `draw`; without notes."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -40,7 +42,7 @@ def facing(reference: Camera, cameras: Camera) -> Float[Tensor, " n"]:
 
 
 class MixtureGuidance:
-    """Implements `interfaces.Guidance`."""
+    """Implements `interfaces.SplitGuidance`."""
 
     def __init__(
         self,
@@ -48,13 +50,13 @@ class MixtureGuidance:
         device: torch.device,
         make: Callable[[GuidanceConfig, torch.device], Guidance],
     ) -> None:
-        self.config = config
+        self.config, self.device = config, device
         self.priors = {name: make(getattr(config, name), device) for name in shares(config, 0.0)}
         self.picture_size = max(prior.picture_size for prior in self.priors.values())
         self.reference: Camera | None = None
 
     def set_reference(self, reference: ReferencePicture) -> None:
-        self.reference = reference.camera
+        self.reference = reference.camera.to(self.device)
         for prior in self.priors.values():
             prior.set_reference(reference)
 
@@ -73,17 +75,43 @@ class MixtureGuidance:
         """
         if self.reference is None:
             raise ValueError("set_reference must be called before gradient")
-        total, loss, notes, denoised = torch.zeros_like(rgba), rgba.new_zeros(()), {}, None
-        for name, share in shares(self.config, progress).items():
-            if share == 0:
-                continue
-            result = self.priors[name].gradient(rgba, cameras, progress, generator)
-            total = total + share * result.gradient
-            loss = loss + share * result.loss
-            denoised = result.denoised if denoised is None else denoised
-            notes |= {f"{name}.{key}": value for key, value in result.notes.items()} | {f"{name}.share": share}
+        asked = {name: share for name, share in shares(self.config, progress).items() if share}
+        results = {name: self.priors[name].gradient(rgba, cameras, progress, generator) for name in asked}
+        notes = {f"{name}.{key}": value for name, result in results.items() for key, value in result.notes.items()}
+        notes |= {f"{name}.share": share for name, share in asked.items()}
+        return replace(self._mixed(rgba, cameras, results, asked, seen), notes=notes)
+
+    def draw(self, n: int, progress: float, generator: torch.Generator | None = None) -> tuple[Any, ...]:
+        """See `interfaces.SplitGuidance`: the shares, and each prior's numbers."""
+        parts = [prior.draw(n, progress, generator) for prior in self.priors.values()]
+        # Filled on the device: a copy from the host would wait for the steps before this one.
+        amounts = [torch.full((), share, device=self.device) for share in shares(self.config, progress).values()]
+        return torch.stack(amounts), *parts
+
+    def distill(
+        self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Any, ...]
+    ) -> GuidanceResult:
+        """See `interfaces.SplitGuidance`."""
+        amounts, *parts = draws
+        results = {name: p.distill(rgba, cameras, part) for (name, p), part in zip(self.priors.items(), parts)}
+        return self._mixed(rgba, cameras, results, dict(zip(results, amounts.unbind())), None)
+
+    def _mixed(
+        self,
+        rgba: Tensor,
+        cameras: Camera,
+        results: dict[str, GuidanceResult],
+        amounts: Mapping[str, float | Tensor],
+        seen: Tensor | None,
+    ) -> GuidanceResult:
+        assert self.reference is not None, "the priors have it, too"
+        total, loss = torch.zeros_like(rgba), rgba.new_zeros(())
+        for name, result in results.items():
+            total = total + amounts[name] * result.gradient
+            loss = loss + amounts[name] * result.loss
         if self.config.spare_seen > 0:
             if seen is None:
                 seen = facing(self.reference, cameras).reshape(-1, 1, 1).to(rgba).expand(-1, *rgba.shape[2:])
             total = spared(total, seen, self.config.spare_seen)
-        return GuidanceResult(total, loss, denoised, notes)
+        denoised = next((result.denoised for result in results.values() if result.denoised is not None), None)
+        return GuidanceResult(total, loss, denoised)

@@ -17,7 +17,7 @@ from ..errors import GuidanceError, InputError
 from ..known_models import license_of
 from ..model_files import DTYPES, load_component, model_folder, require_diffusers, trusted_file, with_precision
 from . import sds
-from .distill import Denoiser, Distiller, NoiseSchedule
+from .distill import Denoiser, Distiller, Draws, NoiseSchedule
 from .interfaces import GuidanceResult, ReferencePicture
 from .latents import composited, load_latent_space, on_device
 from .memory import choose_plan
@@ -45,7 +45,7 @@ class TextCondition:
 
 
 class StableDiffusionGuidance:
-    """Implements `interfaces.Guidance`."""
+    """Implements `interfaces.SplitGuidance`."""
 
     def __init__(self, config: StableDiffusionConfig, device: torch.device) -> None:
         require_diffusers()
@@ -100,6 +100,16 @@ class StableDiffusionGuidance:
         if self.text is None:
             raise ValueError("set_reference must be called before gradient")
         return self.distiller.gradient(rgba, cameras, progress, generator, self.config.background == "white")
+
+    def draw(self, n: int, progress: float, generator: torch.Generator | None = None) -> Draws:
+        """See `interfaces.SplitGuidance`."""
+        return self.distiller.draw(n, progress, generator, self.config.background == "white")
+
+    def distill(
+        self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Tensor, ...]
+    ) -> GuidanceResult:
+        """See `interfaces.SplitGuidance`."""
+        return self.distiller.distill(rgba, cameras, draws)
 
     def _denoiser(self, cameras: Camera) -> Denoiser:
         """Branches: the negative prompt, the view's own, and with Perp-Neg the views it must not be taken for."""

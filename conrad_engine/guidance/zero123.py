@@ -31,7 +31,7 @@ from ..model_files import (
     with_precision,
 )
 from . import sds
-from .distill import Denoiser, Distiller, NoiseSchedule
+from .distill import Denoiser, Distiller, Draws, NoiseSchedule
 from .interfaces import GuidanceResult, ReferencePicture
 from .latents import composited, load_latent_space, on_device, resized
 from .memory import choose_plan
@@ -87,7 +87,7 @@ def clip_input(rgb: Float[Tensor, "n 3 height width"], size: int) -> Float[Tenso
 
 
 class Zero123Guidance:
-    """Implements `interfaces.Guidance`."""
+    """Implements `interfaces.SplitGuidance`."""
 
     def __init__(self, config: Zero123Config, device: torch.device) -> None:
         require_diffusers()
@@ -144,6 +144,16 @@ class Zero123Guidance:
         if self.reference is None:
             raise ValueError("set_reference must be called before gradient")
         return self.distiller.gradient(rgba, cameras, progress, generator, white_background=True)
+
+    def draw(self, n: int, progress: float, generator: torch.Generator | None = None) -> Draws:
+        """See `interfaces.SplitGuidance`."""
+        return self.distiller.draw(n, progress, generator, white_background=True)
+
+    def distill(
+        self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Tensor, ...]
+    ) -> GuidanceResult:
+        """See `interfaces.SplitGuidance`."""
+        return self.distiller.distill(rgba, cameras, draws)
 
     def _tokens(self, cameras: Camera) -> Float[Tensor, "n 1 width"]:
         """The projection runs in float32: it is tiny, and angles lose their small differences in half precision."""

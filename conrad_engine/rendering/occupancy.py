@@ -48,7 +48,8 @@ class OccupancyGrid(nn.Module):
         positions = self.aabb[0] + (corners + jitter) / self.resolution * (self.aabb[1] - self.aabb[0])
         found = torch.cat([field.density(chunk) for chunk in positions.split(1 << 20)])
         older = torch.where(self.densities.isinf(), 0.0, self.densities * EMA_DECAY)
-        self.densities = torch.maximum(older, found)
+        # In place, here and below: a captured step reads the grid where it was captured.
+        torch.maximum(older, found, out=self.densities)
         # A neighbour of an occupied cell stays open, so that a surface can move into it.
         grid = (self.densities > self.threshold).view(1, 1, *[self.resolution] * 3).float()
-        self.is_occupied = torch.nn.functional.max_pool3d(grid, 3, 1, 1).flatten() > 0
+        self.is_occupied.copy_(torch.nn.functional.max_pool3d(grid, 3, 1, 1).flatten() > 0)

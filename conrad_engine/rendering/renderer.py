@@ -54,10 +54,12 @@ def sample_rays(
     directions: Float[Tensor, "n 3"],
     aabb: Float[Tensor, "2 3"],
     n_samples: int,
-    generator: torch.Generator | None = None,
-    is_jittered: bool = True,
+    jitter: Float[Tensor, "n 1"] | None = None,
 ) -> tuple[Float[Tensor, "n n_samples"], Float[Tensor, "n 1"]]:
-    """Equal intervals between a ray's entry into the box and its exit, shifted together by a random part of one.
+    """Equal intervals between a ray's entry into the box and its exit.
+
+    Args:
+        jitter: Uniform in [0, 1): shifts a ray's intervals together by this part of one, less a half.
 
     Returns:
         Starts of the intervals and their length.
@@ -65,8 +67,8 @@ def sample_rays(
     near, far = box_intersections(origins, directions, aabb)
     steps = ((far - near) / n_samples)[:, None]
     starts = near[:, None] + steps * torch.arange(n_samples, device=origins.device)
-    if is_jittered:
-        starts = starts + (torch.rand(len(origins), 1, generator=generator, device=origins.device) - 0.5) * steps
+    if jitter is not None:
+        starts = starts + (jitter - 0.5) * steps
     return starts, steps
 
 
@@ -76,18 +78,25 @@ def render_rays(
     directions: Float[Tensor, "n 3"],
     n_samples: int,
     occupancy: OccupancyGrid | None = None,
-    generator: torch.Generator | None = None,
-    is_jittered: bool = True,
+    jitter: Float[Tensor, "n 1"] | None = None,
+    is_static: bool = False,
 ) -> Rendering:
     """Render rays with gradients to the field.
 
-    Samples in empty cells of `occupancy` are never evaluated; without a grid all are, with static shapes.
+    Args:
+        occupancy: Samples in its empty cells see nothing; all do without it.
+        jitter: See `sample_rays`.
+        is_static: Evaluate the samples in empty cells, too, and leave them out afterwards. That costs more on a processor,
+            but shapes depend on no values, so that the work can be captured in a CUDA graph.
     """
-    t_starts, steps = sample_rays(origins, directions, field.aabb, n_samples, generator, is_jittered)
+    t_starts, steps = sample_rays(origins, directions, field.aabb, n_samples, jitter)
     positions = origins[:, None] + (t_starts + steps / 2)[..., None] * directions[:, None]
-    if occupancy is None:
+    if occupancy is None or is_static:
         densities, colors = field.density_and_color(positions.reshape(-1, 3))
-        weights, _ = render_weights(densities.view(t_starts.shape), steps)
+        densities = densities.view(t_starts.shape)
+        if occupancy is not None:
+            densities = torch.where(occupancy.contains(positions) & (steps > 0), densities, 0.0)
+        weights, _ = render_weights(densities, steps)
         rgb = (weights[..., None] * colors.view(*t_starts.shape, 3)).sum(1)
         return Rendering(rgb, weights.sum(-1), weights, t_starts, steps)
     ray, sample = torch.nonzero(occupancy.contains(positions) & (steps > 0), as_tuple=True)
@@ -105,13 +114,16 @@ def render_density(
     directions: Float[Tensor, "n 3"],
     n_samples: int,
     occupancy: OccupancyGrid | None = None,
+    is_static: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, starts and steps of rays from densities alone: what the depth rule needs."""
-    t_starts, steps = sample_rays(origins, directions, field.aabb, n_samples, is_jittered=False)
+    """Weights, starts and steps of rays from densities alone: what the depth rule needs. See `render_rays`."""
+    t_starts, steps = sample_rays(origins, directions, field.aabb, n_samples)
     positions = origins[:, None] + (t_starts + steps / 2)[..., None] * directions[:, None]
     densities = torch.zeros_like(t_starts)
-    if occupancy is None:
+    if occupancy is None or is_static:
         densities = field.density(positions.reshape(-1, 3)).view(t_starts.shape)
+        if occupancy is not None:
+            densities = torch.where(occupancy.contains(positions), densities, 0.0)
     else:
         inside = occupancy.contains(positions)
         densities[inside] = field.density(positions[inside])

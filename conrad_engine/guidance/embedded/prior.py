@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -101,23 +102,36 @@ class EmbeddedPrior:
 
         See `Guidance.gradient` for the arguments.
         """
-        config, n = self.config, len(rgba)
+        time, noise = self.draw(len(rgba), progress, generator)
+        return replace(self.distill(rgba, cameras, (time, noise)), notes={"t": float(time)})
+
+    def draw(
+        self, n: int, progress: float, generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n 4 size size"]]:
+        """The noise level and the noise of one step; see `SplitGuidance.draw`."""
+        config, size = self.config, self.picture_size
         source = torch.device("cpu") if generator is None else generator.device
         middle = config.t_start + (config.t_end - config.t_start) * progress
-        spread = (torch.rand((), generator=generator, device=source).item() * 2 - 1) * config.t_spread
-        time = min(max(middle + spread, 0.02), 0.99)
+        spread = (torch.rand((), generator=generator, device=source) * 2 - 1) * config.t_spread
+        noise = torch.randn(n, 4, size, size, generator=generator, device=source)
+        return (middle + spread).clamp(0.02, 0.99).to(self.device), noise.to(self.device)
+
+    def distill(
+        self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Tensor, Tensor]
+    ) -> GuidanceResult:
+        """See `SplitGuidance.distill`."""
+        time, noise = draws
         with torch.enable_grad():
             pictures = rgba.detach().to(self.device, torch.float32).requires_grad_()
             small = resized(pictures, self.picture_size)
-        t = torch.full((n,), time, device=self.device)
+        t = time.expand(len(rgba))
         alpha, sigma = alpha_sigma(t)
-        noise = torch.randn(small.shape, generator=generator, device=source).to(self.device)
         noisy = alpha * (small.detach() * 2 - 1) + sigma * noise
         rows = camera_rows(cameras.to(self.device), self._base_azimuth_rad)
-        clean = (self._ready().denoised(noisy, t, rows, config.scale, is_joint=True) + 1) / 2
+        clean = (self._ready().denoised(noisy, t, rows, self.config.scale, is_joint=True) + 1) / 2
         difference = small.detach() - clean
         (gradient,) = torch.autograd.grad(small, pictures, difference)
-        return GuidanceResult(gradient.to(rgba), difference.square().mean(), clean, {"t": time})
+        return GuidanceResult(gradient.to(rgba), difference.square().mean(), clean)
 
     def sample_views(
         self,

@@ -1,0 +1,119 @@
+"""What an optimisation changes from step to step, and how long it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .config import PipelineConfig
+from .constraint import ConstrainedField, ReferenceView
+from .fields.dense_volume import DenseVolume
+from .fields.radiance_field import HashField
+from .rendering.occupancy import OccupancyGrid
+
+VIEW_HALF_FRAME = 0.85
+"""Half side, at the origin, of the views shown to the prior: wider than the reference's, since the depth is unknown."""
+
+
+@dataclass
+class State:
+    """What the optimisation changes, and all that a checkpoint holds."""
+
+    field: DenseVolume | HashField
+    constrained: ConstrainedField
+    occupancy: OccupancyGrid
+    adam: torch.optim.Adam
+    skipped: Int[Tensor, "2"]
+    """Steps that were not taken because of non-finite values: in all, and in a row up to now. Counted on the device."""
+    step: int = 0
+    n_views: int = 1
+    sampled: Tensor | None = None
+    """Views sampled from the prior for the warm start, premultiplied RGBA (n, 4, h, w)."""
+    half_frame: float = VIEW_HALF_FRAME
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return self.field.aabb.device
+
+    @property
+    def n_skipped(self) -> int:
+        """Steps not taken so far; waits for the device."""
+        return int(self.skipped[0])
+
+    def to_dict(self) -> dict:
+        return {
+            "field": self.field.state_dict(),
+            "adam": self.adam.state_dict(),
+            "occupancy": self.occupancy.state_dict(),
+            "surfaces": [view.surface for view in self.constrained.views],
+            "step": self.step,
+            "n_views": self.n_views,
+            "n_skipped": self.n_skipped,
+            "sampled": self.sampled,
+            "half_frame": self.half_frame,
+            "history": self.history,
+        }
+
+    def load(self, data: dict) -> None:
+        """Take over a checkpoint's content; shapes must fit."""
+        self.field.load_state_dict(data["field"])
+        load_adam(self.adam, data["adam"])
+        self.occupancy.load_state_dict(data["occupancy"])
+        for view, surface in zip(self.constrained.views, data["surfaces"], strict=True):
+            view.surface.copy_(surface)
+        for name in ("step", "n_views", "half_frame", "history"):
+            setattr(self, name, data[name])
+        self.skipped[0] = data["n_skipped"]
+        self.sampled = None if data["sampled"] is None else data["sampled"].to(self.device)
+        self.field.prepare()
+
+
+def make_state(
+    field_: DenseVolume | HashField, views: list[ReferenceView], config: PipelineConfig, device: torch.device
+) -> State:
+    constrained = ConstrainedField(field_, views, config.constraint)
+    diagonal = float((field_.aabb[1] - field_.aabb[0]).norm())
+    # A cell is empty when one sample step through it is nearly clear.
+    threshold = config.render.occupancy_threshold * config.render.n_samples / diagonal
+    occupancy = OccupancyGrid(field_.aabb, config.render.occupancy_resolution, threshold)
+    adam = make_adam(field_.parameter_groups(config.optimize), device)
+    skipped = torch.zeros(2, dtype=torch.int64, device=device)
+    return State(field_, constrained, occupancy, adam, skipped, n_views=config.optimize.n_views)
+
+
+def make_adam(groups: list[dict], device: torch.device) -> torch.optim.Adam:
+    """The optimiser; on CUDA its learning rates are tensors, so that a captured step follows when they change."""
+    on_gpu = device.type == "cuda"
+    groups = [group | {"initial_lr": group["lr"]} for group in groups]
+    adam = torch.optim.Adam(
+        groups, betas=(0.9, 0.95), eps=1e-10, fused=device.type in ("cuda", "cpu"), capturable=on_gpu
+    )
+    if on_gpu:
+        for group in adam.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    return adam
+
+
+def load_adam(adam: torch.optim.Adam, data: dict) -> None:
+    """Take over moments and step counts, also from another kind of device; settings stay this optimiser's own."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in adam.param_groups]
+    adam.load_state_dict(data)
+    for group, settings in zip(adam.param_groups, own):
+        group.update(settings)
+        for parameter in group["params"]:
+            moments = adam.state.get(parameter, {})
+            if "step" in moments:
+                on_device = group["fused"] or group["capturable"]
+                moments["step"] = moments["step"].float().to(parameter.device if on_device else "cpu")
+
+
+def n_total_steps(config: PipelineConfig) -> int:
+    """Steps of the whole schedule: the fit to sampled views and the distillation; none if only the picture is projected."""
+    if config.mesh.project_only:
+        return 0
+    warm = config.optimize.warm_start_steps if config.optimize.warm_start_views else 0
+    return warm + config.optimize.n_steps

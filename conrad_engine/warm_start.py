@@ -1,0 +1,156 @@
+"""The start of an optimisation: views that the prior draws from all around, their hull, and the rays of the fit to them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .cameras import Camera, orbit_camera
+from .config import HALF_FRAME, PipelineConfig
+from .constraint import ConstrainedField
+from .errors import Cancelled
+from .guidance.interfaces import Guidance
+from .monitor import Command, Monitor, Progress
+from .state import VIEW_HALF_FRAME, State
+
+log = logging.getLogger(__name__)
+
+N_SAMPLED_RAYS = 4096
+"""Rays a step of the fit to sampled views."""
+LOST_SCORE = -9.0
+"""Hull score under which a point is nowhere near any sampled silhouette: about two and a half views see nothing there."""
+HULL_CELLS = 72
+"""Cells a side of the hull that sampled views are carved into."""
+
+
+def ring_cameras(condition: Camera, n_views: int, half_frame: float, size: int) -> Camera:
+    """Views of the warm start: all around except the reference's own place, at two heights."""
+    azimuths = torch.arange(1, n_views + 1) * (2 * math.pi / (n_views + 1))
+    elevations = torch.deg2rad(torch.tensor([5.0, 30.0])).repeat(n_views)[:n_views]
+    return view_cameras(condition, azimuths, elevations, torch.full((n_views,), half_frame), size)
+
+
+def view_cameras(condition: Camera, azimuths: Tensor, elevations: Tensor, half_frames: Tensor, size: int) -> Camera:
+    """Orbit cameras with the reference's angle of view, as far away as their half frame at the origin asks for.
+
+    Args:
+        condition: On the CPU: its angle of view is a constant of the job.
+    """
+    tangent = HALF_FRAME / float(condition.positions.norm())
+    # A tensor made from a host's number would be a copy, which a CUDA graph cannot hold.
+    fov = torch.full_like(azimuths, 2 * math.atan(tangent))
+    return orbit_camera(azimuths, elevations, half_frames / tangent, fov, size)
+
+
+def sample_warm_start(
+    state: State,
+    guidance: Guidance,
+    condition: Camera,
+    config: PipelineConfig,
+    monitor: Monitor,
+) -> None:
+    """Let the prior draw the object from all around, once; the fit to these views gives score distillation its start."""
+    settings = config.optimize
+    for half_frame in (VIEW_HALF_FRAME, 1.15):
+        state.half_frame = half_frame
+        cameras = ring_cameras(condition, settings.warm_start_views, half_frame, config.render.size)
+        cameras = cameras.to(state.device)
+        monitor.progress(Progress("warm_start", 0, settings.warm_start_sampling))
+        state.sampled = guidance.sample_views(
+            cameras,
+            n_steps=settings.warm_start_sampling,
+            generator=torch.Generator(state.device).manual_seed(config.seed),
+            on_step=lambda k: _sampling_step(k, settings.warm_start_sampling, monitor),
+        )
+        border = torch.cat([state.sampled[:, 3, :, :1], state.sampled[:, 3, :, -1:]], -1)
+        if (border > 0.5).float().mean() < 0.02:
+            break
+        log.info("the object is deeper than it is wide: its views are drawn again from farther away")
+    if settings.carve:
+        carve(state, cameras)
+
+
+def _sampling_step(step: int, n_steps: int, monitor: Monitor) -> None:
+    monitor.progress(Progress("warm_start", step, n_steps))
+    if monitor.command() is Command.CANCEL:
+        raise Cancelled("cancelled while the first views were drawn")
+
+
+def carve(state: State, cameras: Camera) -> None:
+    """Start from the space that the sampled silhouettes leave: their visual hull, lenient with a single dissenting view.
+
+    A point's score sums the logarithms of the opacities it projects to; the worst view counts half, so a point that one view
+    sees outside starts half dense and one that two views see outside starts empty.
+    """
+    field, sampled = state.field, state.sampled
+    resolution = HULL_CELLS
+    axes = [
+        low + (torch.arange(resolution, device=low.device) + 0.5) / resolution * (high - low)
+        for low, high in field.aabb.T
+    ]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    uv, _ = cameras.project(points[None].expand(len(cameras), -1, -1))
+    unit = uv / cameras.width * 2 - 1
+    opacities = torch.nn.functional.avg_pool2d(sampled[:, 3:], 3, 1, 1)
+    seen = torch.nn.functional.grid_sample(opacities, unit[:, None], align_corners=False, padding_mode="border")[
+        :, 0, 0
+    ]
+    logs = seen.clamp(0.02, 1).log()
+    score = _lifted(logs.sum(0) - 0.5 * logs.amin(0), points, state.constrained)
+    cell = float((field.aabb[1] - field.aabb[0]).max()) / field.config.resolution
+    field.initialize(((score + 2) * cell).view(resolution, resolution, resolution))
+    field.prepare()
+
+
+def _lifted(score: Tensor, points: Tensor, constrained: ConstrainedField) -> Tensor:
+    """Scores raised along rays of the pictures that would meet nothing: a thin part that the samples lost stands where they
+    came nearest to it. Rays that no sample comes near stay empty."""
+    for view in constrained.views:
+        camera = view.depth_camera
+        uv, z_depths = camera.project(points)
+        column, row = uv.long().unbind(-1)
+        inside = (z_depths > 0) & (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)
+        pixel = row.clamp(0, camera.height - 1) * camera.width + column.clamp(0, camera.width - 1)
+        inside &= view.in_mask.flatten()[pixel]
+        best = torch.full((camera.width * camera.height,), -1e3, device=score.device)
+        best = best.scatter_reduce(0, pixel[inside], score[inside], "amax")
+        # The hull's cells are larger than the map's pixels: a ray's best is that of its neighborhood.
+        best = torch.nn.functional.max_pool2d(best.view(1, 1, camera.height, camera.width), 3, 1, 1).flatten()[pixel]
+        is_thin = inside & (best < -1) & (best > LOST_SCORE)
+        score = torch.where(is_thin, torch.maximum(score, -1 + 3 * (score - best)), score)
+    return score
+
+
+@dataclass(frozen=True)
+class SampledViews:
+    """The sampled views as the fit uses them."""
+
+    pictures: Float[Tensor, "n 4 h w"]
+    cameras: Camera
+    chances: Float[Tensor, " pixels"]
+    """Of each pixel of all views: half of the rays go near the object."""
+
+    @staticmethod
+    def of(state: State, condition: Camera, size: int) -> SampledViews:
+        assert state.sampled is not None, "there is a fit only to sampled views"
+        cameras = ring_cameras(condition, len(state.sampled), state.half_frame, size).to(state.device)
+        near = torch.nn.functional.max_pool2d(state.sampled[:, 3:], 5, 1, 2).flatten() > 0.05
+        return SampledViews(state.sampled, cameras, near / near.sum().clamp(min=1) + 1 / near.numel())
+
+    def draw(self, generator: torch.Generator) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 2"]]:
+        """Random pixels, numbered through all views, and a place in each, so that the pixel grid leaves no pattern."""
+        pixels = torch.multinomial(self.chances, N_SAMPLED_RAYS, replacement=True, generator=generator)
+        return pixels, torch.rand(N_SAMPLED_RAYS, 2, generator=generator, device=pixels.device)
+
+    def rays(self, pixels: Int[Tensor, " n"], places: Float[Tensor, "n 2"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Origins, directions, and the RGBA that they should see."""
+        size = self.cameras.width
+        view, pixel = pixels // size**2, pixels % size**2
+        uv = torch.stack([pixel % size, pixel // size], -1) + places
+        origins, directions = (x[:, 0] for x in self.cameras[view].rays(uv[:, None]))
+        return origins, directions, self.pictures[view, :, pixel // size, pixel % size]

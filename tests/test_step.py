@@ -1,0 +1,261 @@
+"""One step: the same numbers as ever, the same from buffers as from fresh tensors, the same captured as not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conrad_engine import step as steps
+from conrad_engine.config import EmbeddedPriorConfig
+from conrad_engine.fields.radiance_field import make_field
+from conrad_engine.graphs import GraphedStep, cloned, flat
+from conrad_engine.guidance.embedded.prior import EmbeddedPrior
+from conrad_engine.guidance.interfaces import GuidanceResult, ReferencePicture, SplitGuidance
+from conrad_engine.rendering.renderer import render_picture, render_rays
+from conrad_engine.state import load_adam, make_adam, make_state, n_total_steps
+from conrad_engine.step import TrainStep, take_step
+from conrad_engine.warm_start import ring_cameras
+
+from .test_optimize import CPU, BallPrior, ball_picture, run, toy
+
+FROZEN = {
+    "warm start": (
+        [34.821146, 89.068726, 155.517084],
+        [
+            0.427992, 0.082234, 0.279594, 0.027215,
+            0.458152, 0.029949, 0.335802, 0.025481,
+            0.443086, 0.080922, 0.275265, 0.028264,
+        ],
+    ),
+    "loss": (
+        [21.545879, 54.713786, 112.307985],
+        [
+            0.249814, 0.110339, 0.190550, 0.047200,
+            0.251283, 0.072672, 0.207684, 0.049796,
+            0.249775, 0.109479, 0.189735, 0.048627,
+        ],
+    ),
+    "hash grid": (
+        [4.755227, 4.712073, 1.349197, 0.566594, 0.093180, 4.528817, 1.388594, 0.966257, 0.180505],
+        [
+            0.177427, 0.129702, 0.055946, 0.047050,
+            0.177369, 0.105181, 0.072641, 0.070922,
+            0.177429, 0.129688, 0.055962, 0.047045,
+        ],
+    ),
+    "shell and depth": (
+        [19.154273, 43.280743, 84.606058],
+        [
+            0.245793, 0.108198, 0.148691, 0.042002,
+            0.258993, 0.066734, 0.199790, 0.050440,
+            0.247801, 0.112031, 0.148625, 0.043654,
+        ],
+    ),
+}  # fmt: skip
+"""Norms of the parameters, and mean opacity and colors of three views, after runs of the first version of the loop: one
+function that read results on the host as it went, with Adam unfused."""
+
+
+def bumpy_toy(**settings):
+    """A toy whose picture comes with a relative depth map, and whose surface has its shell in the second half."""
+    state, config, frame, view = toy(**settings)
+    config = replace(config, constraint=replace(config.constraint, shell_from=0.5))
+    height, width = view.mask.shape[1:]
+    v, u = torch.meshgrid(torch.arange(height) - height / 2 + 0.5, torch.arange(width) - width / 2 + 0.5, indexing="ij")
+    depth = (u.square() + v.square()).sqrt() / width + 0.1 * u / width
+    view = replace(view, surface=torch.where(view.mask < 0.5, math.nan, depth))
+    torch.manual_seed(0)
+    return make_state(make_field(config.field_, state.field.aabb), [view], config, CPU), config, frame, view
+
+
+CASES = {
+    "warm start": lambda: toy(steps=20, warm=16),
+    "loss": lambda: toy("loss", steps=24),
+    "hash grid": lambda: toy(steps=12, field="hash_grid", smooth_weight=0.0),
+    "shell and depth": lambda: bumpy_toy(steps=24, depth_weight=0.5),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_runs_end_where_the_first_version_of_the_loop_ended(case):
+    state, config, frame, _ = CASES[case]()
+    run(state, config, frame)
+    norms = [float(p.detach().double().norm()) for p in state.field.parameters()]
+    state.field.prepare()
+    cameras, seen = ring_cameras(frame.condition, 3, 0.85, 16), []
+    for index in range(3):
+        picture = render_picture(state.constrained, cameras[index], 32)
+        seen += [float(picture.opacities.mean()), *picture.rgb.mean((0, 1)).tolist()]
+    # Adam's tiny epsilon turns rounding of near-zero gradients into steps; what the views show is not moved by them.
+    assert norms == pytest.approx(FROZEN[case][0], rel=1e-4)
+    assert seen == pytest.approx(FROZEN[case][1], rel=1e-4)
+
+
+class SplitBallPrior(BallPrior):
+    """The ball's prior with noise of its own, drawn ahead."""
+
+    def draw(self, n, progress, generator=None):
+        return torch.full((), progress), torch.randn(n, 4, 32, 32, generator=generator)
+
+    def distill(self, rgba, cameras, draws):
+        amount, noise = draws
+        return GuidanceResult(rgba - ball_picture(cameras) + 0.1 * amount * noise, 0.0)
+
+    def gradient(self, rgba, cameras, progress, generator=None):
+        return self.distill(rgba, cameras, self.draw(len(rgba), progress, generator))
+
+
+class Buffered(GraphedStep):
+    """A captured step as far as a CPU can play one: the function sees the same tensors every time, refilled in place, and its
+    results are handed out as the same tensors."""
+
+    def __init__(self, step, device, generators=(), enabled=True):
+        super().__init__(step, device, generators, enabled=False)
+        self._wants_capture = enabled
+        self.n_captures = 0
+
+    def __call__(self, *inputs):
+        if not self._inputs:
+            self._inputs, self._outputs = cloned(inputs), None
+            self.n_captures += 1
+        assert [t.shape for t in flat(self._inputs)] == [t.shape for t in flat(inputs)], "static shapes"
+        torch._foreach_copy_(flat(self._inputs), flat(inputs))
+        found = self._step(*self._inputs)
+        if self._outputs is None:
+            self._outputs = {name: torch.empty_like(value) for name, value in found.items()}
+        assert found.keys() == self._outputs.keys(), "the same terms as at the capture"
+        for name, value in found.items():
+            self._outputs[name].copy_(value)
+        return self._outputs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refilled_buffers_and_static_shapes_give_the_same_run(case, monkeypatch):
+    plain, config, frame, _ = CASES[case]()
+    prior = SplitBallPrior()
+    assert isinstance(prior, SplitGuidance) and not isinstance(BallPrior(), SplitGuidance)
+    run(plain, config, frame, prior)
+    made = []
+
+    class Noted(Buffered):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            made.append(self)
+
+    monkeypatch.setattr(steps, "GraphedStep", Noted)
+    buffered, *_ = CASES[case]()
+    run(buffered, config, frame, prior)
+    (graphed,) = made
+    assert graphed.is_enabled and 2 <= graphed.n_captures <= 4, "captured again for each new term only"
+    for a, b in zip(plain.field.parameters(), buffered.field.parameters()):
+        assert float((a - b).detach().norm() / a.detach().norm()) < 2e-3
+    for key, value in plain.history[-1].items():
+        assert buffered.history[-1][key] == pytest.approx(value, rel=2e-3, abs=1e-5)
+    for a, b in zip(plain.constrained.views, buffered.constrained.views):
+        assert torch.equal(a.surface.isfinite(), b.surface.isfinite())
+
+
+def test_static_rendering_equals_compacted_rendering_and_its_gradients(generator):
+    state, config, frame, _ = toy(steps=40)
+    run(state, config, frame)
+    state.occupancy.update(state.constrained, generator)
+    assert 0.01 < state.occupancy.is_occupied.float().mean() < 0.9
+    origins, directions = ring_cameras(frame.condition, 1, 0.85, 24)[0].rays()
+    jitter = torch.rand(len(origins), 1, generator=generator)
+    weight = torch.randn(len(origins), 4, generator=generator)
+    results = []
+    for is_static in (False, True):
+        state.field.zero_grad()
+        state.field.prepare()
+        seen = render_rays(state.constrained, origins, directions, 32, state.occupancy, jitter, is_static)
+        seen.rgba.backward(weight)
+        results.append((seen.rgba.detach(), *(p.grad for p in state.field.parameters())))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_bad_step_changes_nothing_and_is_counted_in_a_row():
+    state, *_ = toy()
+    parameters = list(state.field.parameters())
+    for is_bad, expected in ((False, [0, 0]), (True, [1, 1]), (True, [2, 2]), (False, [2, 0])):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        parameters[1].grad[0, 0, 0, 0, 0] = math.inf if is_bad else 1.0
+        before = [p.detach().clone() for p in parameters]
+        n_taken = float(state.adam.state[parameters[0]].get("step", 0.0))
+        take_step(state, torch.tensor(1.0))
+        assert all(torch.equal(a, b) for a, b in zip(before, parameters)) == is_bad
+        assert float(state.adam.state[parameters[0]]["step"]) == n_taken + (not is_bad)
+        assert state.skipped.tolist() == expected
+    take_step(state, torch.tensor(math.nan))
+    assert state.n_skipped == 3, "a loss that is not finite counts, too"
+
+
+def test_adam_takes_over_moments_but_keeps_its_own_settings():
+    def made(fused):
+        weights = torch.ones(3).requires_grad_()
+        adam = make_adam([{"params": [weights], "lr": 0.5}], CPU)
+        adam.param_groups[0]["fused"] = fused
+        weights.grad = torch.ones(3)
+        adam.step()
+        return weights, adam
+
+    (_, old), (weights, new) = made(False), made(True)
+    data = old.state_dict()
+    data["param_groups"][0] |= {"lr": torch.tensor(0.1), "capturable": True}
+    load_adam(new, data)
+    group = new.param_groups[0]
+    assert (group["fused"], group["capturable"], group["lr"], group["initial_lr"]) == (True, False, 0.5, 0.5)
+    new.step()
+    assert float(new.state[weights]["step"]) == 2
+
+
+def embedded_step(device: torch.device, capture: str, **settings) -> TrainStep:
+    """Steps with the shipped prior."""
+    _, config, frame, view = toy(steps=40, capture=capture, **settings)
+    torch.manual_seed(0)
+    field = make_field(
+        replace(config.field_, encoder="auto"), torch.tensor([[-0.85, -1, -0.85], [0.85, 1, 0.85]]).to(device)
+    )
+    config = replace(config, render=replace(config.render, size=64))
+    state = make_state(field, [view.to(device)], config, device)
+    prior = EmbeddedPrior(EmbeddedPriorConfig(precision="float32"), device)
+    rgba = ball_picture(ring_cameras(frame.condition, 1, 0.75, 64))[0]
+    prior.set_reference(ReferencePicture(rgba.to(device), frame.condition.to(device, torch.float32)))
+    return TrainStep(state, prior, frame.condition, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("field", ["dense_volume", "hash_grid"])
+def test_a_captured_run_equals_a_plain_one(field):
+    results = []
+    for capture in ("off", "auto"):
+        train_step = embedded_step(torch.device("cuda"), capture, field=field)
+        state = train_step.state
+        while state.step < n_total_steps(train_step.config):
+            terms = {name: float(value) for name, value in train_step().items()}
+            state.step += 1
+        assert train_step.graphed.is_captured == (capture == "auto")
+        results.append(([p.detach().clone() for p in state.field.parameters()], terms, state.n_skipped))
+    (plain, plain_terms, _), (captured, captured_terms, n_skipped) = results
+    assert n_skipped == 0
+    # Sums by atomic additions come out in another order each time, and Adam enlarges that.
+    for a, b in zip(plain, captured):
+        assert float((a - b).norm() / a.norm()) < 2e-2
+    assert captured_terms == pytest.approx(plain_terms, rel=5e-2, abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_preview_between_captured_steps_disturbs_nothing():
+    """What a preview leaves on the default stream must not be waited for by a later capture."""
+    train_step = embedded_step(torch.device("cuda"), "auto", field="dense_volume")
+    for _ in range(20):
+        train_step.state.field.prepare()
+        train_step()
+        train_step.state.step += 1
+    assert train_step.graphed.is_captured
