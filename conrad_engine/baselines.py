@@ -15,6 +15,7 @@ LOSS_BASED: dict[str, object] = {
     "optimize.warm_start_views": 0,
     "optimize.warm_start_steps": 0,
     "field.kind": "hash_grid",
+    "field.encoder": "auto",
 }
 TEXT_SDS: dict[str, object] = {
     "guidance": "stable_diffusion",
@@ -24,15 +25,33 @@ TEXT_SDS: dict[str, object] = {
     "guidance.weighting": "sds",
     "guidance.perp_neg": False,
 }
+TEXT_ONLY: dict[str, object] = TEXT_SDS | {
+    # DreamFusion (arXiv:2209.14988) with another model, no shading, and Perp-Neg against several faces.
+    "guidance.perp_neg": True,
+    "optimize.warm_start_views": 0,
+    "optimize.warm_start_steps": 0,
+    "optimize.n_steps": 5000,
+    "optimize.range_grows_until": 0.0,
+    "optimize.elevation_max_deg": 60.0,
+    "field.kind": "hash_grid",
+    "field.encoder": "auto",
+}
+"""No picture at all: words alone say what the object is."""
 
 BASELINES: dict[str, dict[str, object]] = {
-    # RealFusion (arXiv:2302.10663): text SDS at scale 100 with a word learned from the picture (guidance.embedding and
-    # --prompt; guidance/textual_inversion.py makes it), picture and mask losses. Lacks its coarse-to-fine normals.
+    # RealFusion (arXiv:2302.10663): text SDS at scale 100 with a word learned from the picture, picture and mask losses.
+    # Lacks its coarse-to-fine normals; learns the word in fewer steps.
     "realfusion": LOSS_BASED
     | TEXT_SDS
-    | {"optimize.n_steps": 5000, "constraint.loss_weight": 5.0, "optimize.mask_weight": 0.5, "render.size": 96},
-    # NeuralLift-360 (arXiv:2211.16431): text SDS, picture loss, relative depth, distortion. Its depth loss ranks pairs of
-    # pixels, this engine's correlates; lacks its CLIP guidance and the fine-tuning of the diffusion model on the picture.
+    | {
+        "guidance.word_steps": 600,
+        "optimize.n_steps": 5000,
+        "constraint.loss_weight": 5.0,
+        "optimize.mask_weight": 0.5,
+        "render.size": 96,
+    },
+    # NeuralLift-360 (arXiv:2211.16431): text SDS, picture loss, order of depths, distortion. Lacks its CLIP guidance and the
+    # fine-tuning of the diffusion model on the picture; its depth loss fades out here.
     "neurallift": LOSS_BASED
     | TEXT_SDS
     | {
@@ -41,6 +60,7 @@ BASELINES: dict[str, dict[str, object]] = {
         "guidance.t_start": 0.95,
         "constraint.loss_weight": 40.0,
         "optimize.depth_weight": 10.0,
+        "optimize.depth_loss": "ranking",
         "optimize.distortion_weight": 0.1,
         "render.size": 128,
     },
@@ -54,7 +74,8 @@ BASELINES: dict[str, dict[str, object]] = {
         "constraint.loss_weight": 500.0,
         "optimize.mask_weight": 50.0,
     },
-    # Magic123 (arXiv:2306.17843), coarse stage: 1 : 40, noise times 0.2 to 0.6. Lacks its second stage on a mesh.
+    # Magic123 (arXiv:2306.17843), coarse stage: 1 : 40, noise times 0.2 to 0.6, a word learned from the picture. Lacks its
+    # second stage on a mesh.
     "magic123": LOSS_BASED
     | {
         "guidance": "mixture",
@@ -69,6 +90,7 @@ BASELINES: dict[str, dict[str, object]] = {
         "guidance.stable_diffusion.t_start": 0.6,
         "guidance.stable_diffusion.t_end": 0.6,
         "guidance.stable_diffusion.perp_neg": False,
+        "guidance.stable_diffusion.word_steps": 600,
         "optimize.n_steps": 5000,
         "constraint.loss_weight": 5.0,
         "optimize.mask_weight": 0.5,
@@ -77,8 +99,14 @@ BASELINES: dict[str, dict[str, object]] = {
 }
 
 
-def baseline(name: str, constrained: bool = False) -> PipelineConfig:
-    """The settings of a baseline.
+NEEDS_DEPTH = ("neurallift",)
+"""Baselines that read a relative depth map; it is estimated where none is given."""
+NEEDS_WORDS = ("neurallift",)
+"""Baselines that read a prompt without learning a word: the picture is captioned where none is given."""
+
+
+def overrides_of(name: str, constrained: bool = False) -> dict[str, object]:
+    """The settings of a baseline that differ from the preset's.
 
     Args:
         constrained: The same with this project's constraint in place of the picture loss: the article's comparison.
@@ -90,6 +118,10 @@ def baseline(name: str, constrained: bool = False) -> PipelineConfig:
         raise InputError(f"unknown baseline {name!r}: use {', '.join(BASELINES)}")
     overrides = dict(BASELINES[name])
     if constrained:
-        del overrides["constraint.kind"]
-        overrides.pop("constraint.loss_weight")
-    return with_overrides(preset("standard"), overrides)
+        del overrides["constraint.kind"], overrides["constraint.loss_weight"]
+    return overrides
+
+
+def baseline(name: str, constrained: bool = False) -> PipelineConfig:
+    """The settings of a baseline, over those of the preset standard. See `overrides_of`."""
+    return with_overrides(preset("standard"), overrides_of(name, constrained))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .baselines import BASELINES, NEEDS_DEPTH, NEEDS_WORDS, TEXT_ONLY, overrides_of
 from .config import GUIDANCES, PRESETS, PipelineConfig, preset, with_overrides
 from .errors import Cancelled, ConradError, InputError
 from .evaluation import commands as evaluation_commands
@@ -85,7 +86,15 @@ def parse_overrides(items: list[str]) -> dict[str, object]:
 
 
 def config_from(arguments: argparse.Namespace) -> PipelineConfig:
-    """The settings that the command line asks for: a preset, then the named options, then `--set`."""
+    """The settings that the command line asks for: a preset, a baseline's, then the named options, then `--set`."""
+    if arguments.constrained and not arguments.baseline:
+        raise InputError("--constrained goes with --baseline; without one the constraint is what is used anyway")
+    base = preset(arguments.preset)
+    if arguments.text_only:
+        _check_text_only(arguments)
+        base = with_overrides(base, TEXT_ONLY)
+    if arguments.baseline:
+        base = with_overrides(base, overrides_of(arguments.baseline, arguments.constrained))
     named = {
         "seed": arguments.seed,
         "device": arguments.device,
@@ -101,7 +110,14 @@ def config_from(arguments: argparse.Namespace) -> PipelineConfig:
     given = {name: value for name, value in named.items() if value is not None}
     if arguments.elevation is None and arguments.camera is None:
         given["picture.is_elevation_known"] = False
-    return with_overrides(preset(arguments.preset), given | parse_overrides(arguments.set))
+    return with_overrides(base, given | parse_overrides(arguments.set))
+
+
+def _check_text_only(arguments: argparse.Namespace) -> None:
+    about_pictures = ("picture", "mask", "depth", "camera", "edit", "caption", "guess_depth", "baseline")
+    given = [name.replace("_", "-") for name in about_pictures if getattr(arguments, name)]
+    if given:
+        raise InputError(f"--text-only makes an object from --prompt alone; leave out: {', '.join(given)}")
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +141,9 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 def add_generate(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("generate", help="one picture in, one textured object out")
     parser.add_argument("picture", type=Path, nargs="?", help="any picture file; left out, --prompt makes one")
+    parser.add_argument(
+        "--text-only", action="store_true", help="no picture at all: the object is made from --prompt alone (extra sd)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument(
         "--camera", type=Path, metavar="FILE", help="JSON: c2w, intrinsics, width, height, object_center, object_size"
@@ -148,6 +167,12 @@ def add_generate(subparsers: argparse._SubParsersAction) -> None:
         "--caption", action="store_true", help="describe the picture for priors that read text (extra sd)"
     )
     parser.add_argument("--guess-depth", action="store_true", help="estimate a relative depth map (extra sd)")
+    parser.add_argument(
+        "--baseline", metavar="|".join(BASELINES), help="work as a published system does, for comparison (extra sd)"
+    )
+    parser.add_argument(
+        "--constrained", action="store_true", help="with --baseline: the constraint in place of its picture loss"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
     add_job_options(parser)
@@ -161,14 +186,17 @@ def job_from(arguments: argparse.Namespace) -> Job:
     config = config_from(arguments)
     if arguments.picture is None and not arguments.prompt:
         raise InputError("give a picture, or --prompt to make one from words")
+    if arguments.text_only:
+        return Job(None, config, init_mesh=arguments.init, name=arguments.out.name)
     picture, depth = arguments.picture, arguments.depth
-    if picture is None or arguments.edit or arguments.caption or arguments.guess_depth:
+    wants_depth = depth is None and (arguments.guess_depth or arguments.baseline in NEEDS_DEPTH)
+    wants_caption = arguments.caption or (not config.prompt and arguments.baseline in NEEDS_WORDS)
+    if picture is None or arguments.edit or wants_caption or wants_depth:
         from .device import resolve_device
         from .files import make_folder
         from .seeding import SeedRequest, make_seed
 
-        wants_depth = arguments.guess_depth and depth is None
-        request = SeedRequest(picture, config.prompt, arguments.edit, arguments.caption, wants_depth)
+        request = SeedRequest(picture, config.prompt, arguments.edit, wants_caption, wants_depth)
         seed = make_seed(request, config, resolve_device(config.device), make_folder(arguments.out))
         picture, depth, config = seed.picture, seed.depth or depth, replace(config, prompt=seed.prompt)
     return Job(

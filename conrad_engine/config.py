@@ -86,7 +86,7 @@ class FieldConfig:
     hidden: int = 64
     """Hash grid: width of the MLPs."""
     encoder: str = "torch"
-    """Hash grid: torch, triton or tinycudann (encoding only, fp32)."""
+    """Hash grid: torch, triton, tinycudann (encoding only, fp32), or auto: triton on CUDA, else torch."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,8 @@ class StableDiffusionConfig:
     """Influence of the picture against the text, 0 to 1."""
     embedding: str = ""
     """Textual-inversion embedding (.safetensors) whose token the prompt may name."""
+    word_steps: int = 0
+    """Steps of textual inversion that learn a word for the picture first, to be the prompt (RealFusion); 0 learns none."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
 
     def __post_init__(self) -> None:
@@ -259,6 +261,7 @@ class StableDiffusionConfig:
         _check(self.background in ("random", "white"), f"unknown background {self.background!r}: use random or white")
         _check(0 < self.ism_interval < 1, f"ism_interval must lie between 0 and 1, not {self.ism_interval}")
         _check(self.ism_steps >= 1, f"ism_steps must be at least 1, not {self.ism_steps}")
+        _check(self.word_steps >= 0, f"word_steps must not be negative, not {self.word_steps}")
         _check(
             self.picture_size == 0 or (self.picture_size >= 16 and self.picture_size % 8 == 0),
             f"picture_size must be 0 or a multiple of 8 from 16 on, not {self.picture_size}",
@@ -517,7 +520,7 @@ def preset(name: str) -> PipelineConfig:
 def with_overrides(config: PipelineConfig, overrides: dict[str, object]) -> PipelineConfig:
     """The settings with some replaced, by dotted names such as `optimize.n_steps`; values may be text.
 
-    `guidance` itself takes a name of `GUIDANCES`; its own fields are set after it.
+    `guidance` itself takes a name of `GUIDANCES`; its own fields are set after it, and kept if it is of this kind already.
 
     Raises:
         InputError: A name does not exist or a value does not fit its type.
@@ -526,7 +529,8 @@ def with_overrides(config: PipelineConfig, overrides: dict[str, object]) -> Pipe
     kind = rest.pop("guidance", config.guidance)
     if not dataclasses.is_dataclass(kind):
         _check(kind in GUIDANCES, f"unknown guidance {kind!r}: use {', '.join(GUIDANCES)}")
-        kind = GUIDANCES[str(kind)]()
+        named = GUIDANCES[str(kind)]
+        kind = config.guidance if isinstance(config.guidance, named) else named()
     groups: dict[str, object] = {}
     for name, value in rest.items():
         _insert(groups, name, value)

@@ -23,10 +23,10 @@ import torch
 from . import __version__
 from .cameras import Camera, CameraSetup, Similarity
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
-from .config import HALF_BOX, REFERENCE_EXTENT, PipelineConfig, to_json
+from .config import HALF_BOX, REFERENCE_EXTENT, MixtureConfig, PipelineConfig, StableDiffusionConfig, to_json
 from .constraint import ConstrainedField, ReferenceView, reference_view
 from .device import resolve_device, set_threads
-from .errors import InputError
+from .errors import Cancelled, InputError
 from .fields.radiance_field import make_field
 from .files import make_folder, write_json
 from .finish import Finished, finish
@@ -41,6 +41,7 @@ from .preprocess.framing import Frame, condition_picture, frame_object
 from .preprocess.prepare import PreparedPicture, prepare_picture
 from .rendering.renderer import render_picture
 from .state import State, make_state, n_total_steps
+from .words import check_words, finish_words, frame_of_words
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ INITIAL_SHAPE_CELLS = 96
 class Job:
     """What a caller asks for. Files may be paths or their bytes."""
 
-    picture: Path | bytes
+    picture: Path | bytes | None
+    """None makes the object from the prompt alone; see `words`."""
     config: PipelineConfig
     mask: Path | bytes | None = None
     depth: Path | bytes | None = None
@@ -107,9 +109,8 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         prepared, frame, view, inputs = _prepare(job, monitor)
         write_json(folder / "config.json", {"version": __version__, "name": job.name, **to_json(config)})
         torch.manual_seed(config.seed)
-        state = make_state(
-            make_field(config.field_, _field_box(device)), [view.resized(TRAINING_PICTURE)], config, device
-        )
+        views = [] if view is None else [view.resized(TRAINING_PICTURE)]
+        state = make_state(make_field(config.field_, _field_box(device)), views, config, device)
         initial = _initial_shape(job, frame, state, config)
         is_resumed = resume and load_checkpoint(folder, state, config, inputs)
         if is_resumed:
@@ -117,16 +118,19 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         seconds = {"prepare": time.monotonic() - started}
         # A job stopped early and only made into a mesh again needs no prior.
         if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:
-            guidance = _guidance(config, prepared, frame, device)
+            guidance = _guidance(config, prepared, frame, device, folder, is_resumed, monitor)
             seconds["load"] = time.monotonic() - started - seconds["prepare"]
             save = lambda s: save_checkpoint(folder, s, config, inputs)  # noqa: E731
-            show = lambda s: _show(s, view, frame, config, monitor)  # noqa: E731
+            show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
                 save(state)
             optimize(state, guidance, frame.condition, config, monitor, save, show)
         seconds["optimize"] = time.monotonic() - started - sum(seconds.values())
-        full = full_size_field(state, view, config)
-        finished = finish(state, full, view, initial, prepared, frame, config, folder, job.name, monitor)
+        if prepared is None or view is None:
+            finished = finish_words(state, frame, config, folder, job.name, monitor)
+        else:
+            full = full_size_field(state, view, config)
+            finished = finish(state, full, view, initial, prepared, frame, config, folder, job.name, monitor)
         seconds["finish"] = time.monotonic() - started - sum(seconds.values())
         finished.metrics.update(
             seconds=round(time.monotonic() - started, 2),
@@ -135,7 +139,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
             memory_bytes=_peak_memory(device),
             n_skipped_steps=state.n_skipped,
             steps=state.step,
-            warnings=list(prepared.warnings),
+            warnings=[] if prepared is None else list(prepared.warnings),
         )
         write_json(folder / "metrics.json", finished.metrics)
         log.info("done in %.1f s", time.monotonic() - started)
@@ -143,8 +147,12 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
     return JobResult(finished, folder)
 
 
-def _prepare(job: Job, monitor: Monitor) -> tuple[PreparedPicture, Frame, ReferenceView, str]:
+def _prepare(job: Job, monitor: Monitor) -> tuple[PreparedPicture | None, Frame, ReferenceView | None, str]:
     """The picture, the object frame, the reference view and the inputs' fingerprint."""
+    if job.picture is None:
+        check_words(job.config)
+        frame, parts = frame_of_words(job.config.picture), [job.config.prompt.encode(), _content(job.init_mesh)]
+        return None, frame, None, fingerprint(parts)
     prepared = prepare_picture(job.picture, job.config.picture, job.mask, job.depth, job.depth_kind)
     for message in prepared.warnings:
         log.warning("%s", message)
@@ -218,20 +226,44 @@ def _fitted(points: torch.Tensor) -> Similarity:
     return Similarity(scale, torch.eye(3, dtype=torch.float64), -scale * (low + high) / 2)
 
 
-def _guidance(config: PipelineConfig, prepared: PreparedPicture, frame: Frame, device: torch.device) -> Guidance | None:
+def _guidance(
+    config: PipelineConfig,
+    prepared: PreparedPicture | None,
+    frame: Frame,
+    device: torch.device,
+    folder: Path,
+    is_resumed: bool,
+    monitor: Monitor,
+) -> Guidance | None:
     """The prior with its reference set; None when nothing will ask for it."""
     if config.optimize.n_steps == 0 and (
         config.optimize.warm_start_views == 0 or config.optimize.warm_start_steps == 0
     ):
         return None
-    guidance = make_guidance(config.guidance, device)
-    picture = condition_picture(prepared.rgb, prepared.mask, frame)
+    if prepared is None:
+        picture = torch.zeros(4, frame.condition.height, frame.condition.width)
+    else:
+        picture = condition_picture(prepared.rgb, prepared.mask, frame)
     is_known = frame.has_camera or config.picture.is_elevation_known
     reference = ReferencePicture(picture, frame.condition, is_known, config.prompt, frame.object_size)
+    settings = config.guidance
+    if isinstance(settings, StableDiffusionConfig | MixtureConfig):
+        from .guidance.textual_inversion import with_learned_word
+
+        report = lambda step, loss: _learning_step(step, loss, monitor)  # noqa: E731
+        settings, reference = with_learned_word(settings, reference, device, folder, config.seed, is_resumed, report)
+    guidance = make_guidance(settings, device)
     guidance.set_reference(reference)
     if config.optimize.warm_start_views and not hasattr(guidance, "sample_views"):
         raise InputError("only the embedded prior draws views for a warm start; set optimize.warm_start_views=0")
     return guidance
+
+
+def _learning_step(step: int, loss: float, monitor: Monitor) -> None:
+    """Between two steps of learning a word."""
+    monitor.progress(Progress("prepare", step, step + 1, losses={"word": loss}))
+    if monitor.command() is Command.CANCEL:
+        raise Cancelled("cancelled while a word for the picture was learned")
 
 
 def full_size_field(state: State, view: ReferenceView, config: PipelineConfig) -> ConstrainedField:
@@ -242,7 +274,7 @@ def full_size_field(state: State, view: ReferenceView, config: PipelineConfig) -
     return state.constrained.with_pictures([view])
 
 
-def _show(state: State, view: ReferenceView, frame: Frame, config: PipelineConfig, monitor: Monitor) -> None:
+def _show(state: State, frame: Frame, config: PipelineConfig, monitor: Monitor) -> None:
     """Send the preview that the monitor asks for, if it does."""
     camera: Camera | None = monitor.preview_camera()
     if camera is None:

@@ -42,7 +42,7 @@ MAY_IMPORT = {
 }
 TOP_ROW = {
     "cli", "__main__", "server", "batch", "batch_report", "batch_runners", "pipeline", "finish", "seeding", "doctor",
-    "evaluation", "benchmark", "training", "baselines", "__init__",
+    "evaluation", "benchmark", "training", "baselines", "words", "__init__",
 }  # fmt: skip
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from conrad_engine.baselines import overrides_of
 from conrad_engine.config import preset, with_overrides
+from conrad_engine.guidance.textual_inversion import FILE_NAME
+from conrad_engine.monitor import Monitor
 from conrad_engine.pipeline import Job, generate
 
 from . import tiny_checkpoints as tiny
@@ -41,3 +45,27 @@ def test_a_mixture_makes_an_object(tmp_path):
     result = generate(job, tmp_path / "out")
     assert (tmp_path / "out" / "mesh.glb").stat().st_size > 1000
     assert result.metrics["n_skipped_steps"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["realfusion", "neurallift"])
+def test_a_baseline_runs_from_picture_to_files(tmp_path, name):
+    depth = np.linspace(1, 2, 96 * 96, dtype=np.float32).reshape(96, 96)
+    np.save(tmp_path / "depth.npy", depth)
+    changes = {"guidance.model": str(tiny.write_stable_diffusion(tmp_path / "sd1")), "field.kind": "dense_volume"}
+    changes |= {"optimize.n_steps": 4, "mesh.resolution": 24}
+    changes |= {"guidance.word_steps": 1} if name == "realfusion" else {}
+    config = with_overrides(preset("draft"), overrides_of(name) | SMALL | changes)
+    given = {"depth": tmp_path / "depth.npy"} if name == "neurallift" else {}
+    job = Job(png_bytes(figure_rgba()), config, **given)
+    seen = set()
+
+    class Watching(Monitor):
+        def progress(self, progress):
+            seen.update(progress.losses)
+
+    result = generate(job, tmp_path / "out", Watching())
+    assert result.metrics["n_skipped_steps"] == 0 and result.glb.stat().st_size > 1000
+    word = tmp_path / "out" / FILE_NAME
+    assert word.is_file() == (name == "realfusion")
+    assert {"sds", "picture", "mask"} <= seen and ("depth" in seen) == (name == "neurallift")

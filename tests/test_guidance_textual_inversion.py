@@ -7,11 +7,19 @@ import torch
 from safetensors.torch import load_file
 
 from conrad_engine.cameras import orbit_camera
-from conrad_engine.config import StableDiffusionConfig
+from conrad_engine.config import EmbeddedPriorConfig, MixtureConfig, StableDiffusionConfig
 from conrad_engine.errors import GuidanceError
-from conrad_engine.guidance import make_guidance
+from conrad_engine.guidance import make_guidance, textual_inversion
 from conrad_engine.guidance.interfaces import ReferencePicture
-from conrad_engine.guidance.textual_inversion import TEMPLATE, TOKEN, InversionSettings, augmented, invert_picture
+from conrad_engine.guidance.textual_inversion import (
+    FILE_NAME,
+    TEMPLATE,
+    TOKEN,
+    InversionSettings,
+    augmented,
+    invert_picture,
+    with_learned_word,
+)
 
 from . import tiny_checkpoints as tiny
 
@@ -112,3 +120,32 @@ def test_augmentations_keep_the_object_and_its_colors():
     torch.testing.assert_close(
         inside[:, :3], torch.tensor([[0.8, 0.3, 0.1]]).expand(len(inside), -1), atol=1e-4, rtol=0
     )
+
+
+def test_a_word_is_learned_once_a_job_and_named_in_the_prompt(monkeypatch, tmp_path):
+    learned = []
+
+    def invert(reference, config, device, path, seed, settings, report):
+        learned.append((settings.n_steps, seed))
+        path.write_text("word")
+        return path
+
+    monkeypatch.setattr(textual_inversion, "invert_picture", invert)
+    text, file = StableDiffusionConfig(word_steps=7), tmp_path / FILE_NAME
+    with_word, picture = with_learned_word(text, reference("ignored"), CPU, tmp_path, 3, is_resumed=False)
+    assert learned == [(7, 3)] and [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert with_word.embedding == str(file) and picture.prompt == TEMPLATE.format(TOKEN)
+    mixture, picture = with_learned_word(
+        MixtureConfig(stable_diffusion=text), reference(f"a red {TOKEN}"), CPU, tmp_path, 3, is_resumed=True
+    )
+    assert len(learned) == 1, "a resumed job has its word"
+    assert mixture.stable_diffusion.embedding == str(file) and picture.prompt == f"a red {TOKEN}"
+    with_learned_word(text, reference(), CPU, tmp_path, 4, is_resumed=False)
+    assert len(learned) == 2, "a new job in an old folder learns its own"
+    for untouched in (
+        StableDiffusionConfig(),
+        StableDiffusionConfig(word_steps=7, embedding="x"),
+        EmbeddedPriorConfig(),
+    ):
+        assert with_learned_word(untouched, picture, CPU, tmp_path, 4, is_resumed=False) == (untouched, picture)
+    assert len(learned) == 2

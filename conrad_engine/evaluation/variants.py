@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..baselines import BASELINES as PUBLISHED
+from ..baselines import NEEDS_DEPTH, overrides_of
 from ..config import PipelineConfig, with_overrides
 from ..errors import InputError
 from .baselines import BASELINES
@@ -41,6 +43,16 @@ _ALL = [
     Variant("degraded", "blurred, noisy, compressed picture, ragged mask", picture="picture_degraded.png"),
     Variant("photo", "composited over a photo, no mask given", picture="picture_photo.png"),
     Variant("photo_masked", "composited over a photo, true mask given", picture="picture_photo.png", gives_mask=True),
+    *(
+        Variant(
+            f"{name}_constrained" if constrained else name,
+            f"{name}'s settings, with {'the constraint' if constrained else 'its picture loss'}",
+            overrides_of(name, constrained),
+            gives_depth=name in NEEDS_DEPTH,
+        )
+        for name in PUBLISHED
+        for constrained in (False, True)
+    ),
     Variant("relief", "inflated silhouette, no prior", baseline="relief"),
     Variant("ellipsoid", "ellipsoid, no prior", baseline="ellipsoid"),
     Variant("billboard", "cardboard cut-out, no prior", baseline="billboard"),

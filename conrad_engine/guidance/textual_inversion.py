@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import StableDiffusionConfig
+from ..config import GuidanceConfig, MixtureConfig, StableDiffusionConfig
 from ..errors import GuidanceError
 from . import sds
 from .interfaces import ReferencePicture
@@ -27,6 +27,7 @@ from .stable_diffusion import StableDiffusionGuidance
 TOKEN = "<object>"
 TEMPLATE = "a high-resolution DSLR image of a {}"
 """RealFusion's prompt."""
+FILE_NAME = "word.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,35 @@ class InversionSettings:
     """Augmentation: rotation in the picture's plane, either way."""
     min_scale: float = 0.7
     """Augmentation: smallest size against the picture's own; the largest is its inverse."""
+
+
+def with_learned_word(
+    config: GuidanceConfig,
+    reference: ReferencePicture,
+    device: torch.device,
+    folder: Path,
+    seed: int,
+    is_resumed: bool,
+    report: Callable[[int, float], None] | None = None,
+) -> tuple[GuidanceConfig, ReferencePicture]:
+    """Settings and picture with a word learned for it as the prompt, if `StableDiffusionConfig.word_steps` asks for one.
+
+    Args:
+        folder: Keeps the word (`FILE_NAME`), which a resumed job takes from there.
+        report: See `invert_picture`, which also says what is raised.
+    """
+    text = config.stable_diffusion if isinstance(config, MixtureConfig) else config
+    if not isinstance(text, StableDiffusionConfig) or text.word_steps == 0 or text.embedding:
+        return config, reference
+    path = folder / FILE_NAME
+    if not (is_resumed and path.is_file()):
+        settings = InversionSettings(n_steps=text.word_steps)
+        unfinished = folder / f"unfinished_{FILE_NAME}"
+        invert_picture(reference, text, device, unfinished, seed, settings, report).replace(path)
+    text = replace(text, embedding=str(path))
+    learned = replace(config, stable_diffusion=text) if isinstance(config, MixtureConfig) else text
+    prompt = reference.prompt if TOKEN in reference.prompt else TEMPLATE.format(TOKEN)
+    return learned, replace(reference, prompt=prompt)
 
 
 def invert_picture(
