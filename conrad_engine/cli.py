@@ -99,6 +99,7 @@ def config_from(arguments: argparse.Namespace) -> PipelineConfig:
         "seed": arguments.seed,
         "device": arguments.device,
         "threads": arguments.threads,
+        "optimize.n_gpus": arguments.gpus,
         "prompt": arguments.prompt,
         "guidance": arguments.guidance,
         "picture.elevation_deg": arguments.elevation,
@@ -128,6 +129,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--device", help="auto (default), cuda, mps or cpu")
     parser.add_argument("--threads", type=int, help="processor threads; 0 (default) takes all cores")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that share the views of each step (default: 1)")
     parser.add_argument("--guidance", metavar="|".join(GUIDANCES), help="diffusion prior (default: embedded)")
     parser.add_argument("--prompt", help="what the picture shows, for priors that read text")
     parser.add_argument("--constraint", metavar="inferred_depth|known_depth|loss")

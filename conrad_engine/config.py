@@ -421,12 +421,18 @@ class OptimizeConfig:
     """How it is measured: correlation (Pearson's), or ranking (the order of all pairs of rays, as NeuralLift-360)."""
     capture: str = "auto"
     """auto captures a step in a CUDA graph where there is CUDA (as fast as the GPU, needs memory of its own), off does not."""
+    n_gpus: int = 1
+    """GPUs that share the views of a step, which they must divide; on a CPU, processes."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     preview_every: int = 10
     """Steps between previews, at least."""
 
     def __post_init__(self) -> None:
+        _check(
+            self.n_gpus >= 1 and (self.n_gpus == 1 or self.n_views % self.n_gpus == 0),
+            f"the {self.n_views} views of a step cannot be shared by {self.n_gpus} GPUs: set optimize.n_views to a multiple",
+        )
         _check(self.capture in ("auto", "off"), f"unknown capture {self.capture!r}: use auto or off")
         _check(
             self.depth_loss in ("correlation", "ranking"),

@@ -13,8 +13,9 @@ from .config import PipelineConfig
 from .errors import Cancelled, OptimizationError
 from .guidance.interfaces import Guidance
 from .monitor import Command, Monitor, Progress
+from .ranks import Ranks
 from .state import State, n_total_steps
-from .step import TrainStep
+from .step import ALONE, TrainStep
 from .warm_start import sample_warm_start
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ READ_EVERY = 10
 MAX_BAD_STEPS = 10
 """Non-finite steps in a row that end the run."""
 PAUSE_S = 0.05
+COMMANDS = tuple(Command)
 
 
 def optimize(
@@ -34,6 +36,7 @@ def optimize(
     monitor: Monitor,
     save: Callable[[State], None],
     show: Callable[[State], None],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Run from `state.step` to the end of the schedule.
 
@@ -45,6 +48,7 @@ def optimize(
         monitor: Watches and steers.
         save: Writes a checkpoint.
         show: Sends a preview if the monitor wants one.
+        ranks: This process among several that share the views; the first one's monitor counts.
 
     Raises:
         Cancelled: The monitor asked for it; the checkpoint is written.
@@ -55,11 +59,12 @@ def optimize(
     read_every = 1 if state.device.type == "cpu" else READ_EVERY
     if n_warm and state.sampled is None and state.step < n_warm:
         sample_warm_start(state, guidance, condition, config, monitor)
+        ranks.take_over([state.sampled, *state.field.state_dict().values()])
         save(state)
-    train_step, terms, n_skipped = TrainStep(state, guidance, condition, config), {}, state.n_skipped
+    train_step, terms, n_skipped = TrainStep(state, guidance, condition, config, ranks), {}, state.n_skipped
     started, first_step = time.monotonic(), state.step
     while state.step < n_total:
-        command = _wait_while_paused(state, monitor, show)
+        command = COMMANDS[int(ranks.agree(COMMANDS.index(_wait_while_paused(state, monitor, show))))]
         if command is Command.KEEP:
             break
         if command is Command.CANCEL:
@@ -68,7 +73,7 @@ def optimize(
         try:
             found = train_step()
         except torch.cuda.OutOfMemoryError:
-            _shrink(state, train_step)
+            _shrink(state, train_step, ranks)
             continue
         state.step += 1
         if state.step % read_every == 0 or state.step == n_total:
@@ -97,11 +102,13 @@ def _check_skipped(state: State, n_before: int) -> int:
     return n_skipped
 
 
-def _shrink(state: State, train_step: TrainStep) -> None:
+def _shrink(state: State, train_step: TrainStep, ranks: Ranks) -> None:
     """Go on with fewer views a step after the device ran out of memory; at one view, without a captured step's memory."""
     state.adam.zero_grad(set_to_none=True)
     train_step.graphed.reset()
     torch.cuda.empty_cache()
+    if ranks.count > 1:
+        raise OptimizationError("a GPU ran out of memory; use fewer views (optimize.n_views) or one GPU")
     if state.n_views == 1 and train_step.graphed.is_enabled:
         train_step.graphed.disable()
         log.warning("the GPU ran out of memory; going on without a captured step, which is slower")

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from .monitor import Command, Monitor, Progress
 from .optimize import memory_bytes, optimize
 from .preprocess.framing import Frame, condition_picture, frame_object
 from .preprocess.prepare import PreparedPicture, prepare_picture
+from .ranks import Ranks, helped
 from .rendering.renderer import render_picture
 from .state import State, make_state, n_total_steps
 from .words import check_words, finish_words, frame_of_words
@@ -108,9 +109,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         monitor.progress(Progress("prepare", 0, 1))
         prepared, frame, view, inputs = _prepare(job, monitor)
         write_json(folder / "config.json", {"version": __version__, "name": job.name, **to_json(config)})
-        torch.manual_seed(config.seed)
-        views = [] if view is None else [view.resized(TRAINING_PICTURE)]
-        state = make_state(make_field(config.field_, _field_box(device)), views, config, device)
+        state = _first_state(view, config, device)
         initial = _initial_shape(job, frame, state, config)
         is_resumed = resume and load_checkpoint(folder, state, config, inputs)
         if is_resumed:
@@ -124,7 +123,8 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
                 save(state)
-            optimize(state, guidance, frame.condition, config, monitor, save, show)
+            with helped(config.optimize.n_gpus, device, help_optimize, job, folder) as ranks:
+                optimize(state, guidance, frame.condition, config, monitor, save, show, ranks)
         seconds["optimize"] = time.monotonic() - started - sum(seconds.values())
         if prepared is None or view is None:
             finished = finish_words(state, frame, config, folder, job.name, monitor)
@@ -145,6 +145,24 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         log.info("done in %.1f s", time.monotonic() - started)
         monitor.progress(Progress("done", 1, 1, 0.0, {}, memory_bytes(device)))
     return JobResult(finished, folder)
+
+
+def help_optimize(ranks: Ranks, device: torch.device, job: Job, folder: Path) -> None:
+    """What another process does in a job whose views are shared: go on from the first one's checkpoint, and write nothing."""
+    config, monitor = job.config, Monitor()
+    prepared, frame, view, inputs = _prepare(job, monitor)
+    state = _first_state(view, config, device)
+    _initial_shape(job, frame, state, config)
+    load_checkpoint(folder, state, config, inputs)
+    guidance = _guidance(config, prepared, frame, device, folder, True, monitor)
+    with suppress(Cancelled):
+        optimize(state, guidance, frame.condition, config, monitor, lambda s: None, lambda s: None, ranks)
+
+
+def _first_state(view: ReferenceView | None, config: PipelineConfig, device: torch.device) -> State:
+    torch.manual_seed(config.seed)
+    views = [] if view is None else [view.resized(TRAINING_PICTURE)]
+    return make_state(make_field(config.field_, _field_box(device)), views, config, device)
 
 
 def _prepare(job: Job, monitor: Monitor) -> tuple[PreparedPicture | None, Frame, ReferenceView | None, str]:

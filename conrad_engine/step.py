@@ -13,8 +13,10 @@ from torch import Tensor
 from . import losses
 from .cameras import Camera
 from .config import PipelineConfig
+from .errors import InputError
 from .graphs import GraphedStep
 from .guidance.interfaces import Guidance, GuidanceResult, SplitGuidance
+from .ranks import Ranks, taken
 from .rendering.compositing import distortion
 from .rendering.renderer import Rendering, render_rays
 from .state import State, n_total_steps
@@ -31,6 +33,7 @@ ENTROPY_FROM = 0.3
 N_DEPTHS = 16
 """Rays that must see a known depth for the depth loss to say anything."""
 DEPTH_LOSSES = {"correlation": losses.correlation_loss, "ranking": losses.ranking_loss}
+ALONE = Ranks()
 SDS_WEIGHT = 16.0
 """Of the distillation gradient's mean over pixels and channels, against the other terms."""
 
@@ -54,12 +57,22 @@ class TrainStep:
     On CUDA it is captured in a graph, and captured anew when the loss gets or loses a term (`_structure`).
     """
 
-    def __init__(self, state: State, guidance: Guidance | None, condition: Camera, config: PipelineConfig) -> None:
-        self.state, self.guidance, self.config = state, guidance, config
+    def __init__(
+        self,
+        state: State,
+        guidance: Guidance | None,
+        condition: Camera,
+        config: PipelineConfig,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.state, self.guidance, self.config, self.ranks = state, guidance, config, ranks
         self.condition = condition.to("cpu")
         self.generator = torch.Generator(device=state.device)
         can_be_split = guidance is None or isinstance(guidance, SplitGuidance)
-        is_wanted = config.optimize.capture == "auto" and can_be_split
+        if ranks.count > 1 and not can_be_split:
+            raise InputError("this guidance cannot be split over several GPUs; set optimize.n_gpus=1")
+        # What several GPUs exchange stays outside of a graph; the guidance captures itself then.
+        is_wanted = config.optimize.capture == "auto" and can_be_split and ranks.count == 1
         self.graphed = GraphedStep(self._on_device, state.device, enabled=is_wanted)
         self.n_warm = n_total_steps(config) - config.optimize.n_steps
         self._captured_structure: tuple = ()
@@ -177,6 +190,8 @@ class TrainStep:
         terms["smooth"] = settings.smooth_weight * state.field.smoothness(*drawn.smooth)
         loss = sum(terms.values())
         loss.backward()
+        loss = loss.detach()
+        self.ranks.average([loss, *(p.grad for p in state.field.parameters() if p.grad is not None)])
         take_step(state, loss)
         return {name: value.detach() for name, value in terms.items()}
 
@@ -219,7 +234,9 @@ class TrainStep:
         self, numbers: Tensor, reach: Tensor, jitter: Tensor, draws: tuple[Any, ...]
     ) -> tuple[str, Rendering, Tensor]:
         """Random views against what the prior makes of them."""
-        cameras = random_cameras(numbers, reach, self.state.half_frame, self.condition, self.config)
+        mine = self.ranks.share(numbers.shape[1])
+        cameras = random_cameras(numbers, reach, self.state.half_frame, self.condition, self.config)[mine]
+        draws, jitter = taken(draws, mine), jitter.view(numbers.shape[1], -1)[mine].reshape(-1, 1)
         rendering = self._render(*cameras.rays(), jitter)
         rgba = _as_pictures(rendering.rgba, cameras)
         gradient = self._guide(rgba.detach(), cameras, draws).gradient

@@ -35,8 +35,9 @@ MAY_IMPORT = {
     "mesh": {"cameras"},
     "state": {"constraint", "fields", "rendering"},
     "warm_start": {"cameras", "constraint", "guidance", "state"},
-    "step": {"cameras", "graphs", "guidance", "losses", "rendering", "state", "warm_start"},
-    "optimize": {"cameras", "guidance", "state", "step", "warm_start"},
+    "ranks": set(),
+    "step": {"cameras", "graphs", "guidance", "losses", "ranks", "rendering", "state", "warm_start"},
+    "optimize": {"cameras", "guidance", "ranks", "state", "step", "warm_start"},
     "checkpoint": {"state"},
     "preview": {"cameras"},
 }

@@ -10,6 +10,7 @@ from conrad_engine.config import EmbeddedPriorConfig, MixtureConfig, StableDiffu
 from conrad_engine.graphs import flat
 from conrad_engine.guidance import make_guidance
 from conrad_engine.guidance.interfaces import ReferencePicture, SplitGuidance
+from conrad_engine.ranks import taken
 
 from . import tiny_checkpoints as tiny
 
@@ -43,3 +44,15 @@ def test_distilling_drawn_numbers_is_the_gradient(configs, name):
     assert not torch.allclose(guidance.distill(rgba, CAMERAS, late).gradient, at_once)
     # What a captured step asks: the same shapes and types at every progress, and plain nested tuples will do.
     assert [(t.shape, t.dtype) for t in flat(early)] == [(t.shape, t.dtype) for t in flat(late)]
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "zero123"])
+def test_views_of_a_step_can_be_distilled_apart(configs, name):
+    guidance = make_guidance(configs[name], CPU)
+    rgba = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    guidance.set_reference(ReferencePicture(rgba[0], orbit_camera(0.0, 0.1, 2.0, 0.7, 32), prompt="a toy"))
+    draws = guidance.draw(2, 0.4, torch.Generator().manual_seed(5))
+    whole = guidance.distill(rgba, CAMERAS, draws).gradient
+    for mine in (slice(0, 1), slice(1, 2)):
+        part = guidance.distill(rgba[mine], CAMERAS[mine], taken(draws, mine)).gradient
+        torch.testing.assert_close(part, whole[mine], atol=float(whole.abs().max()) * 1e-4, rtol=1e-3)

@@ -59,6 +59,8 @@ class Draws(NamedTuple):
     timesteps: Int[Tensor, " n"]
     noise: Float[Tensor, "n 4 h w"]
     background: Float[Tensor, "n 3 1 1"]
+    share: Float[Tensor, ""]
+    """One over the number of views that were drawn for, of which a step may see some."""
 
 
 class Distiller:
@@ -121,7 +123,8 @@ class Distiller:
         # Half of the views get a gray, half a color: the field must not use the background as part of the object.
         plain = torch.where(color[:, 3:] < 0.5, color[:, :1].expand(-1, 3, -1, -1), color[:, :3])
         background = torch.ones_like(plain) if white_background else plain
-        return Draws(timesteps.to(device), noise.to(device), background.to(device))
+        share = torch.full((), 1 / n, device=device)
+        return Draws(timesteps.to(device), noise.to(device), background.to(device), share)
 
     def _time_range(self, progress: float) -> tuple[float, float]:
         return time_range(progress, self.config.schedule, self.config.t_min, self.config.t_start, self.config.t_end)
@@ -188,6 +191,7 @@ class Distiller:
             draws.timesteps,
             draws.noise,
             draws.background,
+            draws.share,
         )
         self._size = cameras.width, cameras.height
         # A captured step is bound to its shapes.
@@ -200,12 +204,19 @@ class Distiller:
         return gradient.clone(), loss.clone(), None if denoised is None else denoised.clone()
 
     def _step(
-        self, rgba: Tensor, c2w: Tensor, intrinsics: Tensor, timesteps: Tensor, noise: Tensor, background: Tensor
+        self,
+        rgba: Tensor,
+        c2w: Tensor,
+        intrinsics: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        background: Tensor,
+        share: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One step as a function of tensors alone: what is captured."""
         with torch.no_grad():
             denoiser = self.denoiser_of(Camera(c2w, intrinsics, *self._size))
-        draws = Draws(timesteps, noise, background)
+        draws = Draws(timesteps, noise, background, share)
         gradients, losses, pictures = [], [], []
         for start in range(0, len(rgba), self.plan.views_at_once):
             views = slice(start, min(start + self.plan.views_at_once, len(rgba)))
@@ -218,7 +229,7 @@ class Distiller:
                 if self.shows_denoised:
                     rgb = resized(self.space.decode(clean), rgba.shape[-1])
                     pictures.append(torch.cat([rgb, torch.ones_like(rgb[:, :1])], 1))
-                return gradient * (self.config.strength / UNIT / len(rgba))
+                return gradient * (self.config.strength / UNIT * share)
 
             to_rgba, gradient = picture_gradient(rgba[views], to_latents, latent_gradient)
             gradients.append(to_rgba)

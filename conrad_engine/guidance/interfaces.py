@@ -76,7 +76,8 @@ class SplitGuidance(Guidance, Protocol):
         """Everything about a step on n views that the device cannot know: random numbers and what follows from `progress`.
 
         Returns:
-            Tensors on the device, or nested tuples of them; their shapes depend on n alone.
+            Tensors on the device, or nested tuples of them; their shapes depend on n alone. Their first dimension counts the
+            views, so that the views of one step can be split; what they have in common has no dimension.
         """
 
     def distill(

@@ -85,8 +85,8 @@ class MixtureGuidance:
         """See `interfaces.SplitGuidance`: the shares, and each prior's numbers."""
         parts = [prior.draw(n, progress, generator) for prior in self.priors.values()]
         # Filled on the device: a copy from the host would wait for the steps before this one.
-        amounts = [torch.full((), share, device=self.device) for share in shares(self.config, progress).values()]
-        return torch.stack(amounts), *parts
+        amounts = (torch.full((), share, device=self.device) for share in shares(self.config, progress).values())
+        return tuple(amounts), *parts
 
     def distill(
         self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Any, ...]
@@ -94,7 +94,7 @@ class MixtureGuidance:
         """See `interfaces.SplitGuidance`."""
         amounts, *parts = draws
         results = {name: p.distill(rgba, cameras, part) for (name, p), part in zip(self.priors.items(), parts)}
-        return self._mixed(rgba, cameras, results, dict(zip(results, amounts.unbind())), None)
+        return self._mixed(rgba, cameras, results, dict(zip(results, amounts)), None)
 
     def _mixed(
         self,
