@@ -115,7 +115,8 @@ class TrainStep:
 
     def _structure(self) -> tuple:
         """All that decides which operations a step consists of."""
-        has_entropy, has_depth = self.progress > ENTROPY_FROM, self.fade > 0
+        has_entropy = self.progress > ENTROPY_FROM
+        has_depth = self.config.optimize.depth_weight > 0 and self.fade > 0
         return self.is_fit, has_entropy, has_depth, self.state.constrained.has_shell, self.state.n_views
 
     # The host's part

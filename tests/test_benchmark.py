@@ -21,6 +21,7 @@ from conrad_engine.config import FieldConfig
 from conrad_engine.fields.hash_grid import HashGrid
 from conrad_engine.fields.radiance_field import HashField
 from conrad_engine.guidance.frozen_encoder import rewrite_encoder
+from conrad_engine.guidance.interfaces import SplitGuidance
 
 CPU = torch.device("cpu")
 
@@ -249,3 +250,18 @@ def test_command_line_refuses_what_it_does_not_know(capsys: pytest.CaptureFixtur
     assert stop.value.code == 2
     assert main(["field", "--device", "toaster"]) == 2
     assert "toaster" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [networks.SD21, networks.ZERO123])
+def test_a_jobs_steps_with_a_latent_model_of_random_weights(model):
+    pytest.importorskip("diffusers")
+    unet = networks.make_unet(model, CPU, torch.float32, is_small=True)
+    vae = networks.make_autoencoder(CPU, torch.float32, is_small=True)
+    prior = steps.RandomLatentPrior(model, unet, vae, steps.unet_inputs(model, CPU, torch.float32, True), 64)
+    assert isinstance(prior, SplitGuidance)
+    step = steps.job_step(steps.latent_job(model, is_small=True), prior, CPU)
+    before = [p.detach().clone() for p in step.state.field.parameters()]
+    terms = step()
+    assert {"sds", "mask", "entropy"} <= set(terms) and all(torch.isfinite(value) for value in terms.values())
+    assert step.state.step == 40_001 and step.state.n_skipped == 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, step.state.field.parameters()))

@@ -11,14 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cameras import Camera, default_camera
-from ..config import HALF_FRAME, FieldConfig, preset
+from ..config import HALF_FRAME, FieldConfig, PipelineConfig, StableDiffusionConfig, Zero123Config, preset
 from ..constraint import reference_view
 from ..fields.radiance_field import HashField, make_field
+from ..graphs import WARM_UP_CALLS
 from ..guidance import sds
+from ..guidance.distill import Denoiser, Distiller, Draws, NoiseSchedule
 from ..guidance.embedded.prior import camera_rows, fast_precision
 from ..guidance.embedded.sampling import ConditionedPrior
 from ..guidance.frozen_encoder import rewrite_encoder
 from ..guidance.fused_norms import fuse_norms
+from ..guidance.interfaces import Guidance, GuidanceResult, ReferencePicture
+from ..guidance.latents import LatentSpace, on_device
+from ..guidance.memory import PLANS
 from ..rendering.renderer import render_rays
 from ..state import make_state
 from ..step import TrainStep
@@ -48,6 +53,7 @@ def run(report: Report, ceilings: Ceilings, compiles: bool = False) -> None:
     _embedded(report)
     for model in (SD21,) if report.device.type == "cpu" else (SD21, ZERO123):
         try:
+            _latent_loop(report, ceilings, model)
             _latent(report, ceilings, model, compiles)
         except EXPECTED_ERRORS as error:
             report.fail(model.name, error)
@@ -164,29 +170,45 @@ def latent_loss(
 
 
 def _loop(report: Report) -> None:
-    """`step.TrainStep` with the embedded prior, as a job runs it: on CUDA captured, and once more as it is."""
-    device = report.device
-    report.begin("step, the engine's loop", "step.TrainStep of the presets, embedded prior, constraint and losses")
-    captures = ("off", "auto") if device.type == "cuda" else ("off",)
-    for name in ("draft",) if report.is_small else ("draft", "standard"):
-        for capture in captures:
-            label = f"preset {name}, {preset(name).optimize.n_views} views{', captured' if capture == 'auto' else ''}"
-            try:
-                step = loop_step(name, device, capture)
-            except EXPECTED_ERRORS as error:
-                report.fail(label, error)
-                continue
-            timing = report.time(label, step, n_calls=10 if report.is_small else 40)
-            rate(timing, preset(name).optimize.n_views, report)
-
-
-def loop_step(name: str, device: torch.device, capture: str) -> Callable[[], object]:
-    """Steps from the middle of a job on: a ball's picture, shipped weights."""
+    """`step.TrainStep` with the embedded prior, as a job runs it."""
     from ..guidance.embedded.prior import EmbeddedPrior
-    from ..guidance.interfaces import ReferencePicture
 
-    config = preset(name)
-    config = replace(config, optimize=replace(config.optimize, warm_start_views=0, n_steps=1000, capture=capture))
+    report.begin("step, the engine's loop", "step.TrainStep of the presets, embedded prior, constraint and losses")
+    for name in ("draft",) if report.is_small else ("draft", "standard"):
+        config = preset(name)
+        _job_steps(
+            report, f"preset {name}", config, lambda config=config: EmbeddedPrior(config.guidance, report.device)
+        )
+
+
+def _job_steps(
+    report: Report,
+    name: str,
+    config: PipelineConfig,
+    make_prior: Callable[[], Guidance],
+    floor_ms: float | None = None,
+) -> None:
+    """Rows of a job's steps: as they are, and on CUDA captured."""
+    n_views = config.optimize.n_views
+    for capture in ("off", "auto") if report.device.type == "cuda" else ("off",):
+        label = f"{name}, {n_views} views{', captured' if capture == 'auto' else ''}"
+        try:
+            chosen = replace(config, optimize=replace(config.optimize, capture=capture))
+            step = job_step(chosen, make_prior(), report.device)
+            for _ in range(WARM_UP_CALLS + 1):
+                step()
+        except EXPECTED_ERRORS as error:
+            report.fail(label, error)
+            continue
+        timing = report.time(label, step, floor_ms, n_calls=10 if report.is_small else 40)
+        if timing is not None and capture == "auto" and not step.graphed.is_captured:
+            report.add(Row("", notes={"not captured": True}))
+        rate(timing, n_views, report)
+
+
+def job_step(config: PipelineConfig, prior: Guidance, device: torch.device) -> TrainStep:
+    """Steps from the middle of a job on, whose picture shows a ball."""
+    config = replace(config, optimize=replace(config.optimize, warm_start_views=0, n_steps=100_000))
     v, u = (np.mgrid[:128, :128] + 0.5) / 64 - 1
     mask = (np.hypot(u, v) < 0.8).astype(np.float32)
     rgb = np.stack([mask * 0.8, 0.5 + 0.4 * u, 0.5 + 0.4 * v], -1).astype(np.float32)
@@ -198,18 +220,91 @@ def loop_step(name: str, device: torch.device, capture: str) -> Callable[[], obj
     camera = replace(camera, c2w=c2w)
     view = reference_view(rgb, mask, camera).to(device)
     state = make_state(make_field(config.field_, unit_box(device)), [view], config, device)
-    condition = camera.to(device, torch.float32)
-    prior = EmbeddedPrior(config.guidance, device)
     rgba = torch.from_numpy(np.concatenate([rgb * mask[..., None], mask[..., None]], -1)).permute(2, 0, 1)
-    prior.set_reference(ReferencePicture(rgba.to(device), condition))
-    state.step = 400
-    train_step = TrainStep(state, prior, condition, config)
+    prior.set_reference(ReferencePicture(rgba.to(device), camera.to(device, torch.float32)))
+    state.step = 40_000
+    return JobStep(state, prior, camera, config)
 
-    def step() -> object:
-        state.step += 1
-        return train_step()
 
-    return step
+class JobStep(TrainStep):
+    """Goes on to the next step by itself."""
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.state.step += 1
+        return super().__call__()
+
+
+class RandomLatentPrior:
+    """The engine's own distiller, as Stable Diffusion and Zero123 use it, on networks of random weights."""
+
+    def __init__(
+        self,
+        model: LatentModel,
+        unet: Callable[..., tuple[Tensor]],
+        vae: torch.nn.Module,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        picture_size: int,
+    ) -> None:
+        """Changes the networks into their fast forms."""
+        self.picture_size, device = picture_size, inputs[2].device
+        self._scale, self._tokens = model.scale, inputs[2]
+        self._beside = inputs[0][:, 4:] if model.in_channels > 4 else None
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2
+        schedule = NoiseSchedule(torch.cumprod(1 - betas, 0), "epsilon")
+        config = StableDiffusionConfig() if self._beside is None else Zero123Config()
+        space = LatentSpace(vae, device)
+        network = on_device(unet, device)
+        self._distiller = Distiller(space, schedule, network, self._denoiser, config, PLANS[0], picture_size)
+
+    def set_reference(self, reference: ReferencePicture) -> None:
+        """The conditions are random as well."""
+
+    def _denoiser(self, cameras: Camera) -> Denoiser:
+        def guided(noisy: Tensor, timesteps: Tensor, views: slice) -> Tensor:
+            plain, own = self._distiller.ask(noisy, timesteps, self._tokens, self._beside)
+            return sds.guided(plain, own, self._scale)
+
+        return Denoiser(guided, guided)
+
+    def draw(self, n: int, progress: float, generator: torch.Generator | None = None) -> Draws:
+        return self._distiller.draw(n, progress, generator, white_background=False)
+
+    def distill(self, rgba: Tensor, cameras: Camera, draws: tuple[Tensor, ...]) -> GuidanceResult:
+        return self._distiller.distill(rgba, cameras, draws)
+
+    def gradient(
+        self, rgba: Tensor, cameras: Camera, progress: float, generator: torch.Generator | None = None
+    ) -> GuidanceResult:
+        return self.distill(rgba, cameras, self.draw(len(rgba), progress, generator))
+
+
+def _latent_loop(report: Report, ceilings: Ceilings, model: LatentModel) -> None:
+    """`step.TrainStep` with a latent model, hash grid, constraint and losses: the step that a job takes."""
+    device, dtype, small = report.device, half(report.device), report.is_small
+    picture_size = 64 if small else model.picture_size
+    unet, vae = make_unet(model, device, dtype, small), make_autoencoder(device, dtype, small)
+    inputs = unet_inputs(model, device, dtype, small)
+    flop = _network_flop(model, unet, Encoder(vae), inputs, picture_size)
+    rays = "16x16 rays x 16" if small else "64x64 rays x 128"
+    report.begin(
+        f"step, the engine's loop, {model.name}",
+        f"step.TrainStep, hash grid, {rays} samples a view, constraint and losses; floor: UNet and autoencoder",
+    )
+    prior = RandomLatentPrior(model, unet, vae, inputs, picture_size)
+    floor_ms = ceilings.floor_ms(flop=flop, dtype=dtype)
+    _job_steps(report, model.name, latent_job(model, small), lambda: prior, floor_ms)
+
+
+def latent_job(model: LatentModel, is_small: bool) -> PipelineConfig:
+    """A job's settings with a latent model; the prior itself is given to its steps."""
+    config = preset("standard")
+    size, n_samples = (16, 16) if is_small else (64, 128)
+    return replace(
+        config,
+        field_=SMALL_GRID if is_small else replace(PAPER_GRID, encoder="auto"),
+        render=replace(config.render, size=size, n_samples=n_samples),
+        optimize=replace(config.optimize, n_views=model.n_views),
+    )
 
 
 def _embedded(report: Report) -> None:
