@@ -20,7 +20,7 @@ from .ranks import Ranks, taken
 from .rendering.compositing import distortion
 from .rendering.renderer import Rendering, render_rays
 from .state import State, n_total_steps
-from .warm_start import N_SAMPLED_RAYS, SampledViews, view_cameras
+from .warm_start import N_SAMPLED_RAYS, SampledViews, half_angle_tangent, view_cameras
 
 FIT_WEIGHT = 4.0
 N_REFERENCE_RAYS = 1536
@@ -66,7 +66,7 @@ class TrainStep:
         ranks: Ranks = ALONE,
     ) -> None:
         self.state, self.guidance, self.config, self.ranks = state, guidance, config, ranks
-        self.condition = condition.to("cpu")
+        self.condition, self.tangent = condition, half_angle_tangent(condition)
         self.generator = torch.Generator(device=state.device)
         can_be_split = guidance is None or isinstance(guidance, SplitGuidance)
         if ranks.count > 1 and not can_be_split:
@@ -236,7 +236,7 @@ class TrainStep:
     ) -> tuple[str, Rendering, Tensor]:
         """Random views against what the prior makes of them."""
         mine = self.ranks.share(numbers.shape[1])
-        cameras = random_cameras(numbers, reach, self.state.half_frame, self.condition, self.config)[mine]
+        cameras = random_cameras(numbers, reach, self.state.half_frame, self.tangent, self.config)[mine]
         draws, jitter = taken(draws, mine), jitter.view(numbers.shape[1], -1)[mine].reshape(-1, 1)
         rendering = self._render(*cameras.rays(), jitter)
         rgba = _as_pictures(rendering.rgba, cameras)
@@ -259,7 +259,7 @@ class TrainStep:
 
 
 def random_cameras(
-    numbers: Tensor, reach: Tensor | float, half_frame: float, condition: Camera, config: PipelineConfig
+    numbers: Tensor, reach: Tensor | float, half_frame: float, tangent: float, config: PipelineConfig
 ) -> Camera:
     """Views of one step: azimuths in equal sectors, of the part of the circle that `reach` says.
 
@@ -267,7 +267,7 @@ def random_cameras(
         numbers: Uniform in [0, 1), four a view: (4, n).
         reach: See `azimuth_reach`.
         half_frame: Of the views in the middle of their random range.
-        condition: The camera of the reference picture as guidance sees it, on the CPU.
+        tangent: Of half their angle of view.
     """
     settings, n = config.optimize, numbers.shape[1]
     turn, place, height, size = numbers
@@ -275,7 +275,7 @@ def random_cameras(
     azimuths = (sectors * 2 - 1) * math.pi * reach
     low, high = math.radians(settings.elevation_min_deg), math.radians(settings.elevation_max_deg)
     half_frames = (0.95 + (1.08 - 0.95) * size) * half_frame
-    return view_cameras(condition, azimuths, low + (high - low) * height, half_frames, config.render.size)
+    return view_cameras(tangent, azimuths, low + (high - low) * height, half_frames, config.render.size)
 
 
 def azimuth_reach(progress: float, config: PipelineConfig) -> float:

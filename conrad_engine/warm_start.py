@@ -32,16 +32,21 @@ def ring_cameras(condition: Camera, n_views: int, half_frame: float, size: int) 
     """Views of the warm start: all around except the reference's own place, at two heights."""
     azimuths = torch.arange(1, n_views + 1) * (2 * math.pi / (n_views + 1))
     elevations = torch.deg2rad(torch.tensor([5.0, 30.0])).repeat(n_views)[:n_views]
-    return view_cameras(condition, azimuths, elevations, torch.full((n_views,), half_frame), size)
+    half_frames = torch.full((n_views,), half_frame)
+    return view_cameras(half_angle_tangent(condition), azimuths, elevations, half_frames, size)
 
 
-def view_cameras(condition: Camera, azimuths: Tensor, elevations: Tensor, half_frames: Tensor, size: int) -> Camera:
-    """Orbit cameras with the reference's angle of view, as far away as their half frame at the origin asks for.
+def half_angle_tangent(condition: Camera) -> float:
+    """Of the conditioning camera, which `HALF_FRAME` fits."""
+    return HALF_FRAME / float(condition.positions.norm())
+
+
+def view_cameras(tangent: float, azimuths: Tensor, elevations: Tensor, half_frames: Tensor, size: int) -> Camera:
+    """Orbit cameras with an angle of view, as far away as their half frame at the origin asks for.
 
     Args:
-        condition: On the CPU: its angle of view is a constant of the job.
+        tangent: Of half the angle.
     """
-    tangent = HALF_FRAME / float(condition.positions.norm())
     # A tensor made from a host's number would be a copy, which a CUDA graph cannot hold.
     fov = torch.full_like(azimuths, 2 * math.atan(tangent))
     return orbit_camera(azimuths, elevations, half_frames / tangent, fov, size)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conrad_engine.benchmark import assets, engine, fields, networks, steps
 from conrad_engine.benchmark.__main__ import main
@@ -22,6 +21,8 @@ from conrad_engine.fields.hash_grid import HashGrid
 from conrad_engine.fields.radiance_field import HashField
 from conrad_engine.guidance.frozen_encoder import rewrite_encoder
 from conrad_engine.guidance.interfaces import SplitGuidance
+
+from .host_reads import HostReads
 
 CPU = torch.device("cpu")
 
@@ -109,20 +110,6 @@ def test_fields_section(report: Report) -> None:
 def test_a_backend_that_is_replaced_is_not_timed_under_its_name() -> None:
     with pytest.raises(RuntimeError, match="triton is not usable"):
         check_backend(HashGrid(replace(SMALL_GRID, encoder="triton")), CPU)
-
-
-class HostReads(TorchDispatchMode):
-    """Collects operations that read device numbers on the host or bring host numbers to the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = str(operation)
-        if any(word in name for word in ("_local_scalar_dense", "lift_fresh", "nonzero")):
-            self.found.append(name)
-        return operation(*args, **(kwargs or {}))
 
 
 def check_static(step: steps.StaticStep) -> None:
@@ -265,3 +252,8 @@ def test_a_jobs_steps_with_a_latent_model_of_random_weights(model):
     assert {"sds", "mask", "entropy"} <= set(terms) and all(torch.isfinite(value) for value in terms.values())
     assert step.state.step == 40_001 and step.state.n_skipped == 0
     assert any(not torch.equal(a, b) for a, b in zip(before, step.state.field.parameters()))
+    step.graphed._wants_capture = True  # static shapes
+    drawn = step._draw()
+    with HostReads() as reads:
+        step._on_device(*drawn)
+    assert reads.found == []

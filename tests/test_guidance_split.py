@@ -13,6 +13,7 @@ from conrad_engine.guidance.interfaces import ReferencePicture, SplitGuidance
 from conrad_engine.ranks import taken
 
 from . import tiny_checkpoints as tiny
+from .host_reads import HostReads
 
 pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
@@ -42,6 +43,9 @@ def test_distilling_drawn_numbers_is_the_gradient(configs, name):
     for _ in range(2):
         torch.testing.assert_close(guidance.distill(rgba, CAMERAS, early).gradient, at_once)
     assert not torch.allclose(guidance.distill(rgba, CAMERAS, late).gradient, at_once)
+    with HostReads() as reads:
+        guidance.distill(rgba, CAMERAS, early)
+    assert reads.found == []
     # What a captured step asks: the same shapes and types at every progress, and plain nested tuples will do.
     assert [(t.shape, t.dtype) for t in flat(early)] == [(t.shape, t.dtype) for t in flat(late)]
 

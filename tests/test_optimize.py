@@ -26,7 +26,7 @@ from conrad_engine.preprocess.framing import frame_object
 from conrad_engine.rendering.renderer import render_picture
 from conrad_engine.state import make_state
 from conrad_engine.step import azimuth_reach, random_cameras
-from conrad_engine.warm_start import ring_cameras
+from conrad_engine.warm_start import half_angle_tangent, ring_cameras
 
 RADIUS = 0.575
 """The ball whose silhouette, in perspective, is the disc of the picture."""
@@ -259,7 +259,7 @@ def test_views_spread_over_sectors_and_the_range_grows(generator):
 
     def views(n, progress):
         numbers, reach = torch.rand(4, n, generator=generator), azimuth_reach(progress, config)
-        return random_cameras(numbers, reach, 0.85, frame.condition, config)
+        return random_cameras(numbers, reach, 0.85, half_angle_tangent(frame.condition), config)
 
     early, late = views(2, 0.0), views(8, 0.99)
     early_azimuth = torch.atan2(early.positions[:, 0], -early.positions[:, 1])

@@ -19,6 +19,7 @@ from conrad_engine.state import load_adam, make_adam, make_state, n_total_steps
 from conrad_engine.step import TrainStep, take_step
 from conrad_engine.warm_start import ring_cameras
 
+from .host_reads import HostReads
 from .test_optimize import CPU, BallPrior, ball_picture, run, toy
 
 FROZEN = {
@@ -156,6 +157,49 @@ def test_refilled_buffers_and_static_shapes_give_the_same_run(case, monkeypatch)
         assert buffered.history[-1][key] == pytest.approx(value, rel=2e-3, abs=1e-5)
     for a, b in zip(plain.constrained.views, buffered.constrained.views):
         assert torch.equal(a.surface.isfinite(), b.surface.isfinite())
+
+
+class Watched(Buffered):
+    """Also sees to it that the function keeps to what a CUDA graph can hold."""
+
+    def __call__(self, *inputs):
+        step = self._step
+
+        def watched(*held):
+            with HostReads() as reads:
+                found = step(*held)
+            assert reads.found == []
+            return found
+
+        self._step = watched
+        try:
+            return super().__call__(*inputs)
+        finally:
+            self._step = step
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_part_of_a_captured_step_needs_the_host(case, monkeypatch):
+    monkeypatch.setattr(steps, "GraphedStep", Watched)
+    state, config, frame, _ = CASES[case]()
+    train_step = TrainStep(state, SplitBallPrior(), frame.condition, config)
+    if case == "warm start":
+        state.sampled = ball_picture(ring_cameras(frame.condition, 4, 0.85, 32))
+    for state.step in range(0, n_total_steps(config), 5):
+        train_step()
+
+
+def test_a_step_of_the_shipped_prior_needs_no_host(monkeypatch):
+    monkeypatch.setattr(steps, "GraphedStep", Watched)
+    embedded_step(CPU, "auto")()
+
+
+def test_masks_and_numbers_from_the_host_are_found():
+    values = torch.arange(3.0)
+    for act in (lambda: values[values > 1], lambda: float(values[0]), lambda: values * torch.tensor(2.0)):
+        with HostReads() as reads:
+            act()
+        assert reads.found
 
 
 def test_static_rendering_equals_compacted_rendering_and_its_gradients(generator):

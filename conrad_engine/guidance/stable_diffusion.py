@@ -118,12 +118,12 @@ class StableDiffusionGuidance:
         n = len(azimuth)
         own = torch.cat([torch.zeros(n, 1, device=azimuth.device), view_shares(azimuth, elevation)], 1)
         plain = torch.zeros_like(own)
-        plain[:, 0] = 1
+        plain[:, 0].fill_(1)
         branches = [self.text.mixed(plain, sees_picture=False), self.text.mixed(own, sees_picture=True)]
         if self.config.perp_neg:
             for view in NEGATIVE_VIEWS:
                 negative = torch.zeros_like(own)
-                negative[:, 1 + VIEWS.index(view)] = 1
+                negative[:, 1 + VIEWS.index(view)].fill_(1)
                 branches.append(self.text.mixed(negative, sees_picture=True))
         weights = negative_weights(azimuth, elevation)
 
