@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .errors import InputError, OptimizationError
 
+LONGEST_START = datetime.timedelta(minutes=5)
+"""Until all processes run; what they load comes later."""
 LONGEST_PAUSE = datetime.timedelta(days=7)
 """The other processes wait for the first one while the user has paused it."""
 
@@ -87,15 +89,17 @@ def helped(count: int, device: torch.device, help_: Callable[..., None], *argume
         help_: What the others run, in fresh processes: `help_(ranks, device, *arguments)`.
 
     Raises:
-        InputError: There are not as many GPUs.
+        InputError: There are not as many GPUs, or the first one is not the first.
     """
     if count == 1:
         yield Ranks()
         return
     if device.type == "cuda" and torch.cuda.device_count() < count:
         raise InputError(f"optimize.n_gpus is {count}, but this machine shows {torch.cuda.device_count()} GPUs")
+    if device.index:
+        raise InputError("several GPUs are taken from the first one on: use --device cuda, without a number")
     with TemporaryDirectory() as folder:
-        meeting = f"file://{Path(folder) / 'meeting'}"
+        meeting = str(Path(folder) / "meeting")
         others = [
             get_context("spawn").Process(target=_run, args=(rank, count, device.type, meeting, help_, arguments))
             for rank in range(1, count)
@@ -104,7 +108,7 @@ def helped(count: int, device: torch.device, help_: Callable[..., None], *argume
             process.daemon = True  # ends with this one
             process.start()
         try:
-            with _joined(0, count, meeting) as ranks:
+            with _joined(0, count, device.type, meeting) as ranks:
                 yield ranks
             for process in others:
                 process.join()
@@ -121,16 +125,22 @@ def _run(
     if device == "cuda":
         torch.cuda.set_device(rank)
     torch.set_num_threads(1)
-    with _joined(rank, count, meeting) as ranks:
+    with _joined(rank, count, device, meeting) as ranks:
         help_(ranks, torch.device(device, rank) if device == "cuda" else torch.device(device), *arguments)
 
 
 @contextmanager
-def _joined(rank: int, count: int, meeting: str) -> Iterator[Ranks]:
+def _joined(rank: int, count: int, device: str, meeting: str) -> Iterator[Ranks]:
     # Commands are numbers on the host: they go beside what the GPUs exchange, without waiting for it.
-    backend = "cpu:gloo,cuda:nccl" if torch.distributed.is_nccl_available() else "gloo"
-    torch.distributed.init_process_group(
-        backend, init_method=meeting, rank=rank, world_size=count, timeout=LONGEST_PAUSE
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    store = torch.distributed.FileStore(meeting, count)
+    store.set(f"process {rank}", "here")
+    everyone = [f"process {other}" for other in range(count)]
+    _told(lambda: store.wait(everyone, LONGEST_START))
+    _told(
+        lambda: torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=count, timeout=LONGEST_PAUSE
+        )
     )
     try:
         yield Ranks(rank, count)

@@ -85,6 +85,8 @@ def test_what_cannot_be_shared_is_said():
     with pytest.raises(InputError, match="cannot be split"):
         TrainStep(state, BallPrior(), frame.condition, config, Ranks(0, 2))
     if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="without a number"), helped(2, torch.device("cpu", 1), leave_early):
+            raise AssertionError("was not entered")
         with pytest.raises(InputError, match="shows 0 GPUs"), helped(2, torch.device("cuda"), leave_early):
             raise AssertionError("was not entered")
 
