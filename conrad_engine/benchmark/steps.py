@@ -288,7 +288,8 @@ def _latent_loop(report: Report, ceilings: Ceilings, model: LatentModel) -> None
     rays = "16x16 rays x 16" if small else "64x64 rays x 128"
     report.begin(
         f"step, the engine's loop, {model.name}",
-        f"step.TrainStep, hash grid, {rays} samples a view, constraint and losses; floor: UNet and autoencoder",
+        f"step.TrainStep, hash grid, {rays} samples a view, constraint and losses; where the whole is not captured, the "
+        "guidance captures itself; floor: UNet and autoencoder",
     )
     prior = RandomLatentPrior(model, unet, vae, inputs, picture_size)
     floor_ms = ceilings.floor_ms(flop=flop, dtype=dtype)
