@@ -101,8 +101,8 @@ def ragged(alpha: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
     return ((soft - threshold) * _uniform(1.5, 5, alpha) + 0.5).clamp(0, 1)
 
 
-def photo_like(pictures: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "b 4 h w"]:
-    """Premultiplied RGBA in [0, 1], half of the batch as if cut out of a photo.
+def photo_like(pictures: Float[Tensor, "b 4 h w"], p_untouched: float = P_UNTOUCHED) -> Float[Tensor, "b 4 h w"]:
+    """Premultiplied RGBA in [0, 1], all but `p_untouched` of the batch as if cut out of a photo.
 
     The object is put before a background of one color, the whole is degraded and cut out again, so that the background's
     color bleeds into the rim.
@@ -117,4 +117,4 @@ def photo_like(pictures: Float[Tensor, "b 4 h w"]) -> Float[Tensor, "b 4 h w"]:
     photo = _sometimes(quantized(photo.clamp(0, 1), _uniform(0.02, 0.12, photo)), photo)
     mask = _sometimes(ragged(alpha), alpha)
     cut = torch.cat([photo.clamp(0, 1) * mask, mask], 1)
-    return _sometimes(pictures, cut, P_UNTOUCHED)
+    return _sometimes(pictures, cut, p_untouched)

@@ -1,0 +1,160 @@
+"""How high the camera of a picture seems to stand, from what the embedded prior's network makes of the picture.
+
+The network encodes the picture once, told nothing of its elevation or lens; a small head pools the values of three of its
+attention layers into a distribution over elevations. See MODEL_CARD.md for data, scores and limits.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ...config import HALF_FRAME
+from ...errors import GuidanceError
+from .prior import fast_precision, resized
+from .sampling import channels_last
+from .unet import Reference, ViewPrior
+from .weights import load as load_prior
+
+SHIPPED = "elevation.safetensors"
+ARCHITECTURE = "conrad-elevation-1"
+"""Changes whenever weights of another version would not fit."""
+LAYERS = (3, 4, 5)
+"""Attention layers whose values are looked at; each on its own says more than the ones before and after."""
+N_CELLS = 8
+"""Cells a side that their tokens are averaged to."""
+CENTERS_DEG = tuple(range(-15, 66, 5))
+"""Elevations that the head weighs; pictures of -10 to 60 degrees were learned from."""
+FOV_RAD = math.radians(40)
+"""What the network is told of the lens, whatever it was: the true one makes the estimate no better."""
+MAX_SPREAD_DEG = 15.0
+"""With a larger spread the estimate is no better than the usual elevation."""
+
+
+class ElevationEstimate(NamedTuple):
+    elevation_deg: float
+    """Above the object's horizon; positive looks down on it."""
+    spread_deg: float
+    """Standard deviation."""
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is worth more than the usual elevation."""
+        return self.spread_deg <= MAX_SPREAD_DEG
+
+
+class ElevationHead(nn.Module):
+    """Tokens to scores of `CENTERS_DEG`: four weighted means over the picture, each with its own weights."""
+
+    def __init__(self, n_channels: int, width: int = 64, n_means: int = 4, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.norm, self.enter = nn.LayerNorm(n_channels), nn.Linear(n_channels, width)
+        self.position = nn.Parameter(torch.zeros(N_CELLS**2, width))
+        self.weigh, self.value = nn.Linear(width, n_means), nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.leave = nn.Sequential(
+            nn.Linear(n_means * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, len(CENTERS_DEG))
+        )
+
+    def forward(self, tokens: Float[Tensor, "n cells channels"]) -> Float[Tensor, "n centers"]:
+        h = F.gelu(self.enter(self.dropout(self.norm(tokens))) + self.position)
+        weights = self.weigh(h).softmax(1)
+        means = torch.einsum("ntm,ntw->nmw", weights, F.gelu(self.value(h))).flatten(1)
+        return self.leave(self.dropout(means))
+
+
+def picture_tokens(
+    net: ViewPrior, pictures: Float[Tensor, "n 4 size size"], cast: torch.autocast
+) -> Float[Tensor, "n cells channels"]:
+    """What the head looks at.
+
+    Args:
+        pictures: Premultiplied RGBA in [0, 1], framed as the prior's reference pictures.
+        cast: The precision to compute in.
+    """
+    one = torch.ones(len(pictures), device=pictures.device)
+    tan_half = math.tan(FOV_RAD / 2)
+    camera = torch.tensor([0.0, 0.0, HALF_FRAME / tan_half, tan_half], device=pictures.device).expand(len(pictures), 4)
+    nothing_known = Reference(camera, 0 * one, one, 0 * one, 0 * one)
+    with torch.no_grad(), cast:
+        layers = net.encode(channels_last(resized(pictures, net.size) * 2 - 1), nothing_known)
+    return torch.cat([_in_cells(layers[index][1].float().flatten(2)) for index in LAYERS], 2)
+
+
+def _in_cells(tokens: Float[Tensor, "n tokens channels"]) -> Float[Tensor, "n cells channels"]:
+    side = math.isqrt(tokens.shape[1])
+    picture = tokens.transpose(1, 2).unflatten(2, (side, side))
+    return F.adaptive_avg_pool2d(picture, N_CELLS).flatten(2).transpose(1, 2)
+
+
+def mean_and_spread(scores: Float[Tensor, "n centers"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Mean and standard deviation, in degrees, of the distributions that scores stand for."""
+    chances, centers = scores.softmax(1), torch.tensor(CENTERS_DEG, dtype=scores.dtype, device=scores.device)
+    mean = chances @ centers
+    return mean, (chances * (centers - mean[:, None]) ** 2).sum(1).sqrt()
+
+
+def estimate_elevation(
+    picture: Float[Tensor, "4 size size"], device: torch.device, weights: Path | str = "", prior: Path | str = ""
+) -> ElevationEstimate:
+    """Estimate the elevation of the camera that took a picture.
+
+    Args:
+        picture: The object as `condition_picture` gives it: premultiplied RGBA in [0, 1], the silhouette's longer side 80 %
+            of the frame.
+        weights, prior: Files of the head and of the network it was trained on; the shipped ones when empty.
+
+    Raises:
+        GuidanceError: Weights are missing, damaged or of another architecture.
+    """
+    net = load_prior(prior).to(device).to(memory_format=torch.channels_last)
+    head = load(weights).to(device)
+    dtype = fast_precision(device)
+    cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad():
+        scores = head(picture_tokens(net, picture.to(device, torch.float32)[None], cast))
+    mean, spread = mean_and_spread(scores.cpu())
+    return ElevationEstimate(float(mean), float(spread))
+
+
+def to_bytes(head: ElevationHead, notes: dict[str, str] | None = None) -> bytes:
+    """The head as a safetensors file of fp16; `notes` go to its header too."""
+    tensors = {name: value.detach().half().cpu().contiguous() for name, value in head.state_dict().items()}
+    return save(tensors, {"architecture": ARCHITECTURE, **(notes or {})})
+
+
+def load(path: Path | str = "") -> ElevationHead:
+    """The head with weights from a file, on the CPU in fp32; the shipped ones when no path is given.
+
+    Raises:
+        GuidanceError: There is no such file, it is damaged, or it is for another architecture.
+    """
+    path = Path(path) if path else Path(str(resources.files(__package__) / SHIPPED))
+    if not path.is_file():
+        raise GuidanceError(f"the elevation weights are missing at {path}: reinstall the package or name a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("architecture", "no architecture")
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise GuidanceError(f"the elevation weights {path} cannot be read ({error}): get the file again") from None
+    if found != ARCHITECTURE:
+        raise GuidanceError(f"the weights {path} are for {found}, this version needs {ARCHITECTURE}")
+    n_channels = tensors["norm.weight"].numel() if "norm.weight" in tensors else 0
+    head = ElevationHead(max(n_channels, 1))
+    expected = {name: value.shape for name, value in head.state_dict().items()}
+    if {name: value.shape for name, value in tensors.items()} != expected:
+        raise GuidanceError(f"the weights {path} do not fit {ARCHITECTURE}: get the file again")
+    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        raise GuidanceError(f"the weights {path} hold numbers that are not finite: the file is damaged, get it again")
+    head.load_state_dict(tensors)
+    return head.requires_grad_(False).eval()
