@@ -12,7 +12,7 @@ import zmq
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from conrad_engine.protocol import Hello, Ping, Shutdown, Status, codec, encode, new_job_id
+from conrad_engine.protocol import PROTOCOL_VERSION, Hello, Ping, Shutdown, Status, codec, encode, new_job_id
 
 from .engine_process import Engine, running, toy_job
 from .test_protocol_codec import MESSAGES, fields_of
@@ -26,7 +26,7 @@ JUNK = st.recursive(
     max_leaves=8,
 )
 HEADER_PARTS = {
-    "v": st.just(1) | JUNK,
+    "v": st.just(PROTOCOL_VERSION) | JUNK,
     "type": st.sampled_from(sorted(set(codec.MESSAGES) - {"shutdown"})) | JUNK,
     "fields": st.dictionaries(st.sampled_from(["job", "request", "c2w", "overrides", "picture"]), JUNK, max_size=4)
     | JUNK,

@@ -58,6 +58,23 @@ def describe_device(name: str) -> WorkerReady:
     return WorkerReady(f"toy: {name}", 1, 1000, 2000, ("embedded",))
 
 
+@dataclass(frozen=True)
+class Guess:
+    elevation_deg: float
+    spread_deg: float
+    is_sure: bool
+
+
+def elevation_of_picture(picture: bytes, mask: bytes | None, fov_deg: float, device: str) -> Guess:
+    """The picture's width as elevation and its height as spread; some fields of view misbehave."""
+    if fov_deg == 66:
+        os._exit(9)
+    if fov_deg == 67:
+        raise InputError("the picture shows no object; send another one")
+    width, height = Image.open(io.BytesIO(picture)).size
+    return Guess(width, height, mask is not None)
+
+
 def advance(value: int, step: int) -> int:
     return (value * 1103515245 + step + 12345) % 2**31
 

@@ -1,4 +1,4 @@
-"""The protocol between the engine and its clients, version 1. Standard library and pyzmq only, Python 3.11.
+"""The protocol between the engine and its clients, version 2. Standard library and pyzmq only, Python 3.11.
 
 Transport. The engine binds a ZeroMQ ROUTER socket, a client connects a DEALER. On loopback the connection is PLAIN: user
 `conrad`, password the token that the engine announces (one JSON line on its standard output, and its connection file:
@@ -18,14 +18,16 @@ which side to update; the format of `Error` never changes.
 Conversation. A client says `Hello` and gets `Welcome`, `Status`, the `JobState` of every job and `Listed`; without hello the
 engine answers `Error("hello", ...)`, which also tells a client that the engine was started anew. The client sends `Ping` every
 second and gets `Status`; a client that is silent for 30 s is forgotten until its next hello. Every request carries a
-number chosen by the client, and its answer the same number: `Accepted`, `Result`, `ResultFile`, `Listed`, `Forgotten`,
-`Status` or `Error`. A request may be sent again until it is answered: doing it twice changes nothing more.
+number chosen by the client, and its answer the same number: `Accepted`, `Result`, `ResultFile`, `ElevationGuess`,
+`Listed`, `Forgotten`, `Status` or `Error`. A request may be sent again until it is answered: doing it twice changes
+nothing more.
 
 Jobs. `Submit` names the job itself. Its life is told to every client by `JobState`; no revision is dropped while a client
 is connected, and hello brings the newest of each. `Progress` and `Preview` are only sent when the client has acknowledged
 the one before (`Ack`); newer ones replace those that wait, so that a slow client slows nobody. Previews come to those who
 ask by `SetPreview`, each from its own camera. `Pause`, `Resume`, `Cancel`, `Keep`, `Extract`, `Continue`, `Forget` steer a
-job; `Fetch` brings its result; `FreeMemory` and `Shutdown` steer the engine.
+job; `Fetch` brings its result; `FreeMemory` and `Shutdown` steer the engine. `GuessElevation` belongs to no job: an idle
+worker looks at one picture; while all are at work the answer is `Error("busy", ...)`.
 """
 
 from .client import CLOSED, CONNECTING, NOT_RESPONDING, READY, REFUSED, EngineClient, new_job_id
@@ -52,12 +54,14 @@ from .messages import (
     Array,
     Cancel,
     Continue,
+    ElevationGuess,
     Error,
     Extract,
     Fetch,
     Forget,
     Forgotten,
     FreeMemory,
+    GuessElevation,
     Hello,
     JobState,
     Keep,
@@ -106,6 +110,7 @@ __all__ = [
     "Connection",
     "Continue",
     "CurveKeys",
+    "ElevationGuess",
     "EngineClient",
     "EngineUnavailable",
     "Error",
@@ -114,6 +119,7 @@ __all__ = [
     "Forget",
     "Forgotten",
     "FreeMemory",
+    "GuessElevation",
     "Hello",
     "JobState",
     "Keep",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Counts changes of the wire format; independent of the package's version. Both sides must have the same."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -246,6 +246,23 @@ class FreeMemory:
 
 
 @dataclass(frozen=True)
+class GuessElevation:
+    """Ask how high the camera of a picture stands; answered by `ElevationGuess`.
+
+    The guess is made between two jobs, not beside one: while all workers are at work the answer is `Error("busy", ...)`.
+    Picture and mask are those of `Submit`.
+    """
+
+    picture: bytes | None = None
+    pixels: Array | None = None
+    mask: bytes | None = None
+    mask_pixels: Array | None = None
+    fov_deg: float = 40.0
+    """Full angle of view of the picture's larger side, 2 to 120."""
+    request: int = 0
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """End the engine; unfinished jobs go on at its next start."""
 
@@ -403,6 +420,19 @@ class ResultFile:
 
 
 @dataclass(frozen=True)
+class ElevationGuess:
+    """How high the camera of a picture seems to stand."""
+
+    elevation_deg: float
+    """Above the object's horizon, seen from the object; positive looks down on it."""
+    spread_deg: float
+    """Standard deviation of the estimate."""
+    is_sure: bool
+    """False where the spread is so large that the usual elevation would be as good a guess."""
+    request: int = 0
+
+
+@dataclass(frozen=True)
 class Listed:
     """The end of a list of jobs."""
 
@@ -447,6 +477,7 @@ Message = (
     | ListJobs
     | Forget
     | FreeMemory
+    | GuessElevation
     | Shutdown
     | Ack
     | Welcome
@@ -457,6 +488,7 @@ Message = (
     | Preview
     | Result
     | ResultFile
+    | ElevationGuess
     | Listed
     | Forgotten
     | Error

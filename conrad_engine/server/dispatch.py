@@ -28,6 +28,7 @@ from ..protocol import (
     Forget,
     Forgotten,
     FreeMemory,
+    GuessElevation,
     JobState,
     Keep,
     Listed,
@@ -44,10 +45,11 @@ from ..protocol import (
 )
 from .clients import Client, Clients
 from .file_thread import FileThread
+from .guesses import Busy, Guesses
 from .job_queue import CANCEL, Job, JobQueue, StateError
 from .requests import check_view, continue_changes, extract_changes, pipeline_config, settings_of
 from .store import DiskFull, NoResult, Store
-from .worker_messages import DONE, STOPPED, Ended, Run, Steer, View, Warned, WorkerPreview, WorkerReady
+from .worker_messages import DONE, STOPPED, Ended, Guessed, Run, Steer, View, Warned, WorkerPreview, WorkerReady
 from .workers import Lost, Worker, Workers
 
 log = logging.getLogger("conrad.server")
@@ -64,12 +66,6 @@ OPTIMIZING = "optimize"
 """The stage whose steps are those of the job."""
 
 
-class Busy(ConradError):
-    """Not now; the same request can be made later."""
-
-    code = "busy"
-
-
 class Dispatch:
     """The jobs of one engine."""
 
@@ -82,6 +78,7 @@ class Dispatch:
         self._workers = workers
         self._stop = stop
         self._queue = JobQueue(store.load())
+        self._guesses = Guesses(clients, workers)
         self._arriving: dict[str, list[tuple[bytes, int]]] = {}
         self._arriving_bytes = 0
         self._early: dict[str, list[tuple[Client, Any]]] = {}
@@ -130,6 +127,8 @@ class Dispatch:
                 self._fetch(client, message)
             case ListJobs():
                 self.list_jobs(client, message.request)
+            case GuessElevation():
+                self._guesses.ask(client.route, message)
             case Forget():
                 self._forget(message.job)
                 self._clients.tell(client.route, Forgotten(message.job, message.request))
@@ -285,6 +284,8 @@ class Dispatch:
                 self._changed(self._queue.warn(message.job, message.message))
             case Ended():
                 self._on_ended(worker, message)
+            case Guessed():
+                self._guesses.answered(worker, message)
 
     def _on_progress(self, worker: Worker, progress: Progress) -> None:
         job = self._queue[progress.job]
@@ -326,7 +327,8 @@ class Dispatch:
     # What happens by itself.
 
     def schedule(self) -> None:
-        """Give queued jobs to idle workers."""
+        """Give questions and queued jobs to idle workers."""
+        self._guesses.schedule()
         while (job := self._queue.next_queued()) is not None:
             self._workers.wake()
             worker = self._workers.idle()

@@ -12,6 +12,7 @@ from PIL import Image
 from ..errors import InputError
 from ..preprocess.depth import decode_depth
 from ..preprocess.reading import PROGRAMS
+from ..protocol import Array
 from .requests import MAX_PIXELS
 
 
@@ -48,15 +49,24 @@ def read_inputs(folder: Path) -> dict:
 
 
 def _picture(folder: Path, name: str, pixels: np.ndarray | None) -> bytes | None:
-    """File bytes of a picture, known to be decodable and of bearable size."""
+    path = folder / name
+    data = path.read_bytes() if pixels is None and path.exists() else None
+    return picture_file(name, data, pixels)
+
+
+def picture_file(name: str, data: bytes | memoryview | None, pixels: np.ndarray | None) -> bytes | None:
+    """File bytes of a picture, known to be decodable and of bearable size; None if there is neither file nor pixels.
+
+    Raises:
+        InputError: It cannot be decoded or is too large.
+    """
     if pixels is not None:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "png", compress_level=1)
         return buffer.getvalue()
-    path = folder / name
-    if not path.exists():
+    if data is None:
         return None
-    data = path.read_bytes()
+    data = bytes(data)
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.format in PROGRAMS:
@@ -70,6 +80,11 @@ def _picture(folder: Path, name: str, pixels: np.ndarray | None) -> bytes | None
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
         raise InputError(f"the {name} cannot be decoded: {error}; send a PNG, JPEG or another common format") from None
     return data
+
+
+def numbers_of(array: Array | None) -> np.ndarray | None:
+    """The numbers of an array on the wire, without a copy."""
+    return None if array is None else np.frombuffer(array.data, array.dtype).reshape(array.shape)
 
 
 def _depth(folder: Path, pixels: np.ndarray | None) -> bytes | None:

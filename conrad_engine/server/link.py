@@ -12,7 +12,7 @@ from typing import Any
 import zmq
 
 from ..protocol import Progress, decode, encode
-from .worker_messages import TO_WORKER, Quit, Run, WorkerBeat, WorkerHello, WorkerPreview
+from .worker_messages import TO_WORKER, Guess, Quit, Run, WorkerBeat, WorkerHello, WorkerPreview
 
 BEAT_EVERY_S = 1.0
 PROGRESS_EVERY_S = 0.05
@@ -22,12 +22,12 @@ PROGRESS_EVERY_S = 0.05
 class Link:
     """Sends for the job and receives orders, in a thread of its own, so that neither waits for the other.
 
-    Of each stage's progress and of each client's preview only the newest waits to be sent. `runs` holds jobs to be done;
-    other orders are given, in the link's thread, to whom `attach` names.
+    Of each stage's progress and of each client's preview only the newest waits to be sent. `tasks` holds what is to be
+    done; other orders are given, in the link's thread, to whom `attach` names.
     """
 
     def __init__(self, endpoint: str, name: str, secret: str) -> None:
-        self.runs: queue.SimpleQueue[Run] = queue.SimpleQueue()
+        self.tasks: queue.SimpleQueue[Run | Guess] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._take: Callable[[Any], None] | None = None
         self._early: list[Any] = []
@@ -115,8 +115,8 @@ class Link:
     def _obey(self, order: Any) -> None:
         if isinstance(order, Quit):
             os._exit(0)
-        if isinstance(order, Run):
-            self.runs.put(order)
+        if isinstance(order, (Run, Guess)):
+            self.tasks.put(order)
             return
         with self._lock:
             if self._take is not None:

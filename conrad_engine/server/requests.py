@@ -8,7 +8,7 @@ import re
 
 from ..config import GUIDANCES, PipelineConfig, preset, with_overrides
 from ..errors import InputError
-from ..protocol import Extract, Submit
+from ..protocol import Extract, GuessElevation, Submit
 from .store import JOB_ID
 
 LOCAL_SETTINGS = frozenset(
@@ -34,7 +34,9 @@ def settings_of(submit: Submit) -> dict:
         InputError: Something in the request cannot be used.
     """
     _check_identity(submit)
-    _check_pictures(submit)
+    _check_pictures(submit, ("picture", "mask", "depth"))
+    if submit.depth_kind not in ("relative", "metric"):
+        raise InputError(f"depth_kind must be relative or metric, not {submit.depth_kind[:60]!r}")
     _check_camera(submit)
     _check_mesh(submit)
     overrides = dict(submit.overrides)
@@ -160,25 +162,38 @@ def _check_identity(submit: Submit) -> None:
         raise InputError(f"unknown guidance {submit.guidance[:60]!r}: use {', '.join(GUIDANCES)}")
 
 
-def _check_pictures(submit: Submit) -> None:
-    if (submit.picture is None) == (submit.pixels is None):
-        raise InputError("a job needs a picture: either its file's bytes or its pixels")
-    for name in ("picture", "mask", "depth"):
-        data = getattr(submit, name)
+PIXELS = {"picture": ("pixels", "u1", (3, 4)), "mask": ("mask_pixels", "u1", ()), "depth": ("depth_pixels", "<f4", ())}
+"""Of each kind of picture the field of its pixels, their number type and how many channels they may have; () is one plane."""
+
+
+def _check_pictures(message: Submit | GuessElevation, names: tuple[str, ...]) -> None:
+    if (message.picture is None) == (message.pixels is None):
+        raise InputError("a picture is needed: either its file's bytes or its pixels")
+    for name in names:
+        data = getattr(message, name)
         if data is not None and not 1 <= len(data) <= MAX_PICTURE_BYTES:
             raise InputError(f"the {name} has {len(data)} bytes; 1 to {MAX_PICTURE_BYTES} are allowed")
-    for name, dtype, channels in (("pixels", "u1", (3, 4)), ("mask_pixels", "u1", ()), ("depth_pixels", "<f4", ())):
-        array = getattr(submit, name)
+        field, dtype, channels = PIXELS[name]
+        array = getattr(message, field)
         if array is None:
             continue
         is_image = array.dtype == dtype and len(array.shape) == (3 if channels else 2) and min(array.shape) > 0
         if not is_image or (channels and array.shape[2] not in channels):
             shape = "(height, width, 3 or 4)" if channels else "(height, width)"
-            raise InputError(f"{name} must be {dtype} {shape}, not {array.dtype} {array.shape}")
+            raise InputError(f"{field} must be {dtype} {shape}, not {array.dtype} {array.shape}")
         if array.shape[0] * array.shape[1] > MAX_PIXELS:
-            raise InputError(f"{name} has {array.shape[0] * array.shape[1]} pixels; at most {MAX_PIXELS} are allowed")
-    if submit.depth_kind not in ("relative", "metric"):
-        raise InputError(f"depth_kind must be relative or metric, not {submit.depth_kind[:60]!r}")
+            raise InputError(f"{field} has {array.shape[0] * array.shape[1]} pixels; at most {MAX_PIXELS} are allowed")
+
+
+def check_guess(guess: GuessElevation) -> None:
+    """A question about a picture's elevation can be answered, as far as that shows without decoding the picture.
+
+    Raises:
+        InputError: It cannot.
+    """
+    _check_pictures(guess, ("picture", "mask"))
+    if not 2 <= guess.fov_deg <= 120:
+        raise InputError(f"fov_deg must be between 2 and 120 degrees, not {guess.fov_deg:g}")
 
 
 def _check_camera(submit: Submit) -> None:

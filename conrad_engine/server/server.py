@@ -35,7 +35,10 @@ from .workers import Workers
 
 log = logging.getLogger("conrad.server")
 
-CAPABILITIES = ("preview_camera", "pause", "keep", "extract", "continue", "init_mesh", "depth", "free_memory")
+CAPABILITIES = (
+    *("preview_camera", "pause", "keep", "extract", "continue", "init_mesh", "depth", "free_memory"),
+    "guess_elevation",
+)
 TICK_S = 0.1
 BURST = 64
 """Messages read from one socket before the others get their turn."""

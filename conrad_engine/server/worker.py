@@ -17,13 +17,13 @@ from types import ModuleType
 from ..errors import Cancelled, ConradError
 from ..files import CANNOT_WRITE, remove_unfinished
 from ..monitor import Progress
-from .inputs import read_inputs
+from .inputs import numbers_of, picture_file, read_inputs
 from .link import Link
 from .requests import pipeline_config
 from .results import flat_metrics, write_result
 from .steering import SteeredMonitor, turning_camera
 from .store import FolderInUse, FolderLock
-from .worker_messages import DONE, FAILED, STOPPED, Ended, Run, WorkerReady
+from .worker_messages import DONE, FAILED, STOPPED, Ended, Guess, Guessed, Run, WorkerReady
 from .workers import SECRET_VARIABLE
 
 log = logging.getLogger("conrad_engine.worker")
@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         os._exit(1)
     while True:
         link.send(ready)
-        run = link.runs.get()
-        link.send(do_job(run, pipeline, link))
+        task = link.tasks.get()
+        link.send(guess(task, pipeline) if isinstance(task, Guess) else do_job(task, pipeline, link))
         _free_memory()
         ready = _describe(pipeline, parsed.device)
 
@@ -86,6 +86,22 @@ def do_job(run: Run, pipeline: ModuleType, link: Link) -> Ended:
     finally:
         link.attach(None)
         lock.release()
+
+
+def guess(task: Guess, pipeline: ModuleType) -> Guessed:
+    """Estimate an elevation; whatever goes wrong with it is told, not raised."""
+    try:
+        picture = picture_file("picture", task.picture, numbers_of(task.pixels))
+        mask = picture_file("mask", task.mask, numbers_of(task.mask_pixels))
+        found = pipeline.elevation_of_picture(picture, mask, task.fov_deg, task.device)
+        return Guessed(found.elevation_deg, found.spread_deg, found.is_sure)
+    except ConradError as error:
+        return Guessed(code=error.code, message=str(error)[:2000])
+    except Exception as error:  # As in `do_job`.
+        log.exception("the elevation could not be estimated")
+        return Guessed(
+            code="internal", message=f"the elevation could not be estimated: {type(error).__name__}: {error}"
+        )
 
 
 def _run(run: Run, pipeline: ModuleType, link: Link) -> Ended:

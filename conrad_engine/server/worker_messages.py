@@ -72,6 +72,29 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Guess:
+    """Estimate the elevation of a picture's camera; answered by `Guessed`, then `WorkerReady`."""
+
+    device: str
+    fov_deg: float
+    picture: bytes | None = None
+    pixels: Array | None = None
+    mask: bytes | None = None
+    mask_pixels: Array | None = None
+
+
+@dataclass(frozen=True)
+class Guessed:
+    """The answer to `Guess`; with a code it is what went wrong."""
+
+    elevation_deg: float = 0.0
+    spread_deg: float = 0.0
+    is_sure: bool = False
+    code: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True)
 class Run:
     """Do this job, from its checkpoint if there is one."""
 
@@ -119,5 +142,5 @@ class Quit:
     """End the process."""
 
 
-FROM_WORKER = registry(WorkerHello, WorkerReady, WorkerBeat, WorkerPreview, Warned, Ended, Progress)
-TO_WORKER = registry(Run, Steer, View, Quit)
+FROM_WORKER = registry(WorkerHello, WorkerReady, WorkerBeat, WorkerPreview, Warned, Ended, Guessed, Progress)
+TO_WORKER = registry(Run, Guess, Steer, View, Quit)

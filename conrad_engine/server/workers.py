@@ -11,7 +11,7 @@ from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 from .process import child_environment, log_tail, python_command, start_child
-from .worker_messages import Quit, Run, Steer, WorkerReady
+from .worker_messages import Guess, Quit, Run, Steer, WorkerReady
 
 log = logging.getLogger("conrad.server")
 
@@ -151,6 +151,12 @@ class Workers:
         worker.state, worker.job = BUSY, run.job
         self.expect_nothing(worker)
         self.tell(worker, run)
+
+    def guess(self, worker: Worker, guess: Guess, within_s: float) -> None:
+        """Have an idle worker estimate an elevation; it is killed if that takes longer."""
+        worker.state = BUSY
+        self.tell(worker, guess)
+        self.expect(worker, within_s, f"an elevation took longer than {within_s:g} s to estimate")
 
     def became_ready(self, worker: Worker, ready: WorkerReady) -> None:
         """A worker says that it can take a job; the first one also says how many GPUs there are."""
