@@ -256,6 +256,17 @@ def use_existing(item: bpy.types.Object, scene: bpy.types.Scene) -> None:
         item.conrad.proxy = make_proxy(settings.size, Vector(place), scene)
 
 
+def fov_deg(item: bpy.types.Object, image: bpy.types.Image) -> float:
+    """Full angle of view over the picture's larger side.
+
+    Raises:
+        CannotUseCamera: It is not a perspective camera, or the picture has no pixels.
+    """
+    width, height = picture_size(image)
+    focal_px = cm.intrinsics(lens_of(item.data), width, height)[0]
+    return math.degrees(2 * math.atan(max(width, height) / 2 / focal_px))
+
+
 def fit_to_picture(item: bpy.types.Object, image: bpy.types.Image) -> None:
     """Move and turn the camera, at the same orbit angles, until the proxy covers the object in the picture.
 

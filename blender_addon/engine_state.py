@@ -50,7 +50,7 @@ class Event:
     """Something the user interface should react to."""
 
     kind: str
-    """engine (its state changed), job, preview, thumbnail, result (arrays are there), file or forgotten."""
+    """engine (its state changed), job, preview, thumbnail, result (arrays are there), file, forgotten, elevation (a guess)."""
     job: str = ""
 
 

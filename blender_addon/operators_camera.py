@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import dataclass
 
 import bpy
 import numpy as np
 from bpy.props import BoolProperty, FloatProperty
 
-from . import camera, scene_tools
+from . import camera, link, pictures, preferences, scene_tools
 from . import camera_math as cm
+from .protocol import ElevationGuess, EngineUnavailable, Error, GuessElevation
 
 
 def _reason(context: bpy.types.Context, needs_camera: bool) -> str:
@@ -182,20 +185,126 @@ class CONRAD_OT_guess_elevation(CameraOperator, bpy.types.Operator):
     elevation_deg: FloatProperty(options={"HIDDEN"})
 
     def execute(self, context: bpy.types.Context) -> set[str]:
-        settings = context.scene.conrad
-        settings.is_elevation_guess = True
-        item = settings.camera
-        if item is None:
-            settings.elevation = math.radians(self.elevation_deg)
-            return {"FINISHED"}
         try:
-            camera.set_orbit_value(item, "elevation_deg", self.elevation_deg)
-            if settings.image is not None and item.conrad.is_own:
-                camera.fit_to_picture(item, settings.image)
+            set_guessed(context.scene.conrad, self.elevation_deg)
         except camera.CannotUseCamera as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
         return {"FINISHED"}
+
+
+def set_guessed(settings: bpy.types.PropertyGroup, elevation_deg: float) -> None:
+    """Take an elevation that is only a guess, for the reference camera or, without one, the settings.
+
+    Raises:
+        CannotUseCamera: The camera cannot be fitted to the picture.
+    """
+    settings.is_elevation_guess = True
+    item = settings.camera
+    if item is None:
+        settings.elevation = math.radians(elevation_deg)
+        return
+    camera.set_orbit_value(item, "elevation_deg", elevation_deg)
+    if settings.image is not None and item.conrad.is_own:
+        camera.fit_to_picture(item, settings.image)
+
+
+GUESS_LIMIT_S = 120.0
+"""An engine that has not answered by then will not: a worker that has to be started first takes some seconds."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the engine was asked about; scene data by name, because it may be gone when the answer comes."""
+
+    file_token: str
+    scene: str
+    image: str
+    camera: str
+    asked_s: float
+
+
+question: Question | None = None
+guess_note = ""
+"""What came of the last Guess Elevation, for the panel."""
+
+
+class CONRAD_OT_estimate_elevation(CameraOperator, bpy.types.Operator):
+    bl_idname = "conrad.estimate_elevation"
+    bl_label = "Guess Elevation"
+    bl_description = "Have the engine estimate from the picture how high its camera stands, and move the camera there"
+    bl_options = {"REGISTER"}
+    needs_camera = False
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        reason = _reason(context, cls.needs_camera) or preferences.why_no_engine()
+        if not reason and question is not None:
+            reason = "The engine is looking at the picture"
+        if reason:
+            cls.poll_message_set(reason)
+        return not reason
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        global question, guess_note
+        settings, item = context.scene.conrad, context.scene.conrad.camera
+        try:
+            fields = pictures.picture_fields(settings.image, context.scene)
+            if settings.use_mask and settings.mask is not None:
+                fields |= pictures.mask_fields(settings.mask)
+            fov_deg = math.degrees(settings.fov) if item is None else camera.fov_deg(item, settings.image)
+            link.refresh_settings()
+            link.session().elevation = None
+            link.session().ask(GuessElevation(fov_deg=min(max(fov_deg, 2.0), 120.0), **fields))
+        except (pictures.NoPicture, camera.CannotUseCamera, EngineUnavailable) as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
+        names = (context.scene.name, settings.image.name, "" if item is None else item.name)
+        question, guess_note = Question(link.file_token, *names, time.monotonic()), "Looking at the picture"
+        link.wake()
+        return {"FINISHED"}
+
+
+def take_guess() -> bool:
+    """Use the engine's answer when it is here and the user's hands are off; called at every tick.
+
+    Returns:
+        Whether an answer is still waited for.
+    """
+    global question, guess_note
+    if question is None:
+        return False
+    answer = link.session().elevation
+    if answer is None and time.monotonic() - question.asked_s < GUESS_LIMIT_S:
+        return True
+    if answer is not None and scene_tools.is_busy():
+        return True
+    asked, question, link.session().elevation = question, None, None
+    guess_note = _used(answer, asked)
+    scene_tools.redraw(view=True)
+    return False
+
+
+def _used(answer: ElevationGuess | Error | None, asked: Question) -> str:
+    """Move the camera that was asked for; returns what to tell the user."""
+    if answer is None:
+        return "The engine did not answer: see its state above"
+    if isinstance(answer, Error):
+        return f"No guess: {answer.message}"
+    degrees = f"{answer.elevation_deg:.0f}° ± {answer.spread_deg:.0f}°"
+    if not answer.is_sure:
+        return f"The picture does not say it ({degrees}): the elevation was left as it is"
+    scene = bpy.data.scenes.get(asked.scene) if asked.file_token == link.file_token else None
+    settings = None if scene is None else scene.conrad
+    names = settings and (settings.image and settings.image.name, settings.camera.name if settings.camera else "")
+    if names != (asked.image, asked.camera):
+        return "The picture or the camera was changed meanwhile: guess again"
+    try:
+        set_guessed(settings, answer.elevation_deg)
+    except camera.CannotUseCamera as error:
+        return str(error)
+    scene_tools.push_undo("ConRad: Guess Elevation")
+    return f"Elevation guessed: {degrees}"
 
 
 class CONRAD_MT_elevations(bpy.types.Menu):
@@ -220,6 +329,7 @@ CLASSES = (
     CONRAD_OT_look_through,
     CONRAD_OT_leave_camera,
     CONRAD_OT_guess_elevation,
+    CONRAD_OT_estimate_elevation,
     CONRAD_MT_elevations,
 )
 
@@ -227,8 +337,13 @@ CLASSES = (
 def register() -> None:
     for cls in CLASSES:
         bpy.utils.register_class(cls)
+    link.steps.append(take_guess)
 
 
 def unregister() -> None:
+    global question, guess_note
+    question, guess_note = None, ""
+    if take_guess in link.steps:
+        link.steps.remove(take_guess)
     for cls in reversed(CLASSES):
         bpy.utils.unregister_class(cls)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bpy
 from bl_ui.utils import PresetPanel
 
-from . import link, requests, thumbnails
+from . import link, operators_camera, requests, thumbnails
 from .panel_parts import ConradPanel, draw_progress, draw_state, draw_trouble, wrapped
 from .panels_engine import Engine, draw_status_bar
 from .panels_lists import Batch, CONRAD_UL_batch, CONRAD_UL_jobs, Results
@@ -110,6 +110,16 @@ class Assets(ConradPanel):
         layout.prop(settings, "asset_tags")
 
 
+def draw_guess(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
+    """What is there for pictures whose elevation nobody knows."""
+    row = layout.row(align=True)
+    row.prop(context.scene.conrad, "is_elevation_guess")
+    row.menu("CONRAD_MT_elevations", text="", icon="DOWNARROW_HLT")
+    layout.operator("conrad.estimate_elevation", icon="VIEWZOOM")
+    if operators_camera.guess_note:
+        wrapped(layout, operators_camera.guess_note, context.region.width, "INFO")
+
+
 class Camera(ConradPanel):
     bl_label = "Reference Camera"
 
@@ -119,7 +129,7 @@ class Camera(ConradPanel):
         layout.prop(settings, "camera", text="Camera")
         item = settings.camera
         if item is None:
-            self._draw_without(layout, settings)
+            self._draw_without(layout, context)
             return
         if not item.conrad.is_reference or item.conrad.proxy is None or item.conrad.image != settings.image:
             layout.operator("conrad.use_camera", icon="OUTLINER_OB_CAMERA")
@@ -140,16 +150,15 @@ class Camera(ConradPanel):
             layout.prop(item.conrad, "opacity", text="Picture Opacity", slider=True)
             layout.prop(item.conrad, "in_front")
 
-    def _draw_without(self, layout: bpy.types.UILayout, settings: bpy.types.PropertyGroup) -> None:
+    def _draw_without(self, layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
+        settings = context.scene.conrad
         column = layout.column()
         column.operator("conrad.add_camera", icon="OUTLINER_OB_CAMERA")
         column.operator("conrad.camera_from_view", icon="RESTRICT_VIEW_OFF")
         column = layout.column(align=True)
         column.prop(settings, "elevation")
         column.prop(settings, "fov")
-        row = layout.row(align=True)
-        row.prop(settings, "is_elevation_guess")
-        row.menu("CONRAD_MT_elevations", text="", icon="DOWNARROW_HLT")
+        draw_guess(layout, context)
 
 
 class Align(ConradPanel):
@@ -168,9 +177,7 @@ class Align(ConradPanel):
         column.prop(item.conrad, "elevation")
         column.prop(item.conrad, "roll")
         column.prop(item.conrad, "distance")
-        row = layout.row(align=True)
-        row.prop(settings, "is_elevation_guess")
-        row.menu("CONRAD_MT_elevations", text="", icon="DOWNARROW_HLT")
+        draw_guess(layout, context)
         column = layout.column(align=True)
         column.prop(item.conrad, "perspective")
         column.prop(item.data, "lens", text="Focal Length")

@@ -24,6 +24,7 @@ from .protocol import (
     Accepted,
     Connection,
     CurveKeys,
+    ElevationGuess,
     EngineClient,
     EngineUnavailable,
     Error,
@@ -31,6 +32,7 @@ from .protocol import (
     Forget,
     Forgotten,
     FreeMemory,
+    GuessElevation,
     JobState,
     Listed,
     ListJobs,
@@ -64,6 +66,8 @@ class Session:
     client_name: str = "Blender"
     file_takers: dict[tuple[str, str], Callable[[bytes], None]] = field(default_factory=dict)
     """What to do with a result file, such as a GLB, by job and part."""
+    elevation: ElevationGuess | Error | None = None
+    """The newest answer to a `GuessElevation`, until someone takes it."""
     wants_engine: bool = False
     """Someone wants it to run; it is started again when it crashes."""
     is_listed: bool = False
@@ -346,6 +350,9 @@ class Session:
             case Forgotten():
                 self.table.remove(message.job)
                 return [Event("forgotten", message.job)]
+            case ElevationGuess():
+                self.elevation = message
+                return [Event("elevation")]
             case Error():
                 return self._take_error(message, asked)
             case Status():
@@ -416,6 +423,9 @@ class Session:
         return taker is not None
 
     def _take_error(self, error: Error, asked: Any) -> list[Event]:
+        if isinstance(asked, GuessElevation):
+            self.elevation = error
+            return [Event("elevation")]
         job_id = error.job or getattr(asked, "job", "")
         job = self.table.jobs.get(job_id)
         if isinstance(asked, Forget) and error.code == "unknown_job":
