@@ -19,9 +19,9 @@ from blender_addon.child import Child, clean_environment, tail
 from blender_addon.engine_state import EngineSettings, State
 from blender_addon.jobs import JobTable, Notes
 from blender_addon.launcher import MAX_FAILURES, CannotStart, Launcher
-from blender_addon.protocol import Cancel, Keep, Resume
+from blender_addon.protocol import Cancel, GuessElevation, Keep, Resume
 from blender_addon.session import Session, with_result_wanted
-from tests.engine_process import ROOT, WITHIN_S, running, toy_job
+from tests.engine_process import ROOT, WITHIN_S, picture, running, toy_job
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in interpreters are shell scripts")
 
@@ -282,6 +282,24 @@ def test_a_refused_job_says_why(tmp_path):
         job = session.submit(request, Notes(request.job))
         poll_until(session, lambda: job.state_name == "failed")
         assert "none such" in job.status() and not job.is_active
+        session.end()
+
+
+def test_an_elevation_is_asked_for_and_an_engine_at_work_says_so(tmp_path):
+    with running(tmp_path / "data") as engine:
+        session = make_session(tmp_path / "blender", engine.folder)
+        session.ask(GuessElevation(picture(23, 9)))  # there is no connection yet
+        events = poll_until(session, lambda: session.elevation is not None)
+        assert "elevation" in {event.kind for event in events}
+        assert (session.elevation.elevation_deg, session.elevation.spread_deg) == (23, 9)
+        request = toy_job(2000, json.dumps({"delay_s": 0.02}))
+        job = session.submit(request, Notes(request.job))
+        poll_until(session, lambda: job.progress is not None)
+        session.elevation = None
+        session.ask(GuessElevation(picture(23, 9)))
+        poll_until(session, lambda: session.elevation is not None)
+        assert session.elevation.code == "busy" and "at work" in session.elevation.message
+        assert not session.problem and not job.problem, "nothing is wrong with the engine or the job"
         session.end()
 
 

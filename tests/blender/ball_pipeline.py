@@ -55,6 +55,18 @@ class JobResult:
     metrics: dict = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Elevation:
+    elevation_deg: float
+    spread_deg: float
+    is_sure: bool
+
+
+def elevation_of_picture(picture: bytes, mask: bytes | None, fov_deg: float, device: str) -> Elevation:
+    """Sure of 33 degrees, but of nothing where a mask is given."""
+    return Elevation(33.0, 4.0 if mask is None else 20.0, mask is None)
+
+
 def describe_device(name: str) -> WorkerReady:
     return WorkerReady("test device", 1, 6 << 30, 8 << 30, ("embedded",))
 

@@ -93,6 +93,35 @@ def check_without_camera() -> None:
     scene.conrad.place = "CAMERA"
 
 
+def check_guess() -> None:
+    """Guess Elevation: returns at once, then the camera or the setting moves; an unsure answer moves nothing."""
+    scene, operators = bpy.context.scene, part("operators_camera")
+
+    def guessed() -> str:
+        assert bpy.ops.conrad.estimate_elevation() == {"FINISHED"}
+        assert operators.question is not None and not bpy.ops.conrad.estimate_elevation.poll()
+        pump_until(lambda: operators.question is None)
+        return operators.guess_note
+
+    scene.conrad.image, scene.conrad.camera, scene.conrad.is_elevation_guess = painted("pan"), None, False
+    assert guessed() == "Elevation guessed: 33° ± 4°" and scene.conrad.is_elevation_guess
+    assert math.isclose(scene.conrad.elevation, math.radians(33), rel_tol=1e-5)
+    scene.conrad.elevation = 0.0
+    bpy.ops.conrad.add_camera()
+    item = scene.conrad.camera
+    guessed()
+    assert math.isclose(item.conrad.elevation, math.radians(33), abs_tol=1e-3) and scene.conrad.elevation == 0
+    item.conrad.elevation = 0.1
+    scene.conrad.use_mask, scene.conrad.mask = True, painted("mask")
+    assert "does not say it (33° ± 20°)" in guessed() and math.isclose(item.conrad.elevation, 0.1, abs_tol=1e-3)
+    scene.conrad.use_mask = False
+    bpy.ops.conrad.estimate_elevation()
+    scene.conrad.image = painted("other")
+    pump_until(lambda: operators.question is None)
+    assert "changed meanwhile" in operators.guess_note and math.isclose(item.conrad.elevation, 0.1, abs_tol=1e-3)
+    scene.conrad.is_elevation_guess, scene.conrad.camera = False, None
+
+
 def check_steering() -> None:
     """Pause, resume, stop and keep, continue, extract again, cancel, forget."""
     job = submit("slow one")
@@ -226,6 +255,7 @@ def run() -> None:
     for check in (
         check_generate,
         check_without_camera,
+        check_guess,
         check_steering,
         check_failure_and_queue,
         check_start_mesh,
