@@ -27,6 +27,7 @@ from .server import commands as server_commands
 if TYPE_CHECKING:
     from .pipeline import Job
 
+AUTO = "auto"
 STOPPED = 130
 """The shell's convention for a program ended by Ctrl-C."""
 
@@ -85,6 +86,11 @@ def parse_overrides(items: list[str]) -> dict[str, object]:
     return overrides
 
 
+def elevation(text: str) -> float | str:
+    """`auto` or degrees, for argparse."""
+    return AUTO if text == AUTO else float(text)
+
+
 def config_from(arguments: argparse.Namespace) -> PipelineConfig:
     """The settings that the command line asks for: a preset, a baseline's, then the named options, then `--set`."""
     if arguments.constrained and not arguments.baseline:
@@ -102,14 +108,15 @@ def config_from(arguments: argparse.Namespace) -> PipelineConfig:
         "optimize.n_gpus": arguments.gpus,
         "prompt": arguments.prompt,
         "guidance": arguments.guidance,
-        "picture.elevation_deg": arguments.elevation,
+        "picture.elevation_deg": None if arguments.elevation == AUTO else arguments.elevation,
+        "picture.guess_elevation": True if arguments.elevation == AUTO else None,
         "picture.fov_deg": arguments.fov,
         "mesh.texture_size": arguments.texture_size,
         "mesh.n_faces": arguments.faces,
         "constraint.kind": arguments.constraint,
     }
     given = {name: value for name, value in named.items() if value is not None}
-    if arguments.elevation is None and arguments.camera is None:
+    if arguments.elevation in (None, AUTO) and arguments.camera is None:
         given["picture.is_elevation_known"] = False
     return with_overrides(base, given | parse_overrides(arguments.set))
 
@@ -151,7 +158,10 @@ def add_generate(subparsers: argparse._SubParsersAction) -> None:
         "--camera", type=Path, metavar="FILE", help="JSON: c2w, intrinsics, width, height, object_center, object_size"
     )
     parser.add_argument(
-        "--elevation", type=float, metavar="DEG", help="height of the camera above the object's horizon"
+        "--elevation",
+        type=elevation,
+        metavar="DEG|auto",
+        help="height of the camera above the object's horizon (default: auto, guessed from the picture)",
     )
     parser.add_argument("--fov", type=float, metavar="DEG", help="full angle of view of the picture's larger side")
     parser.add_argument(

@@ -39,8 +39,11 @@ class PictureConfig:
     """The longest side is reduced to this many pixels after decoding; the texture takes its detail from here."""
     elevation_deg: float = 10.0
     """Camera height above the object's horizon, if no camera is given; product photos lie between 0 and 30."""
+    guess_elevation: bool = True
+    """Estimate the elevation from the picture, if no camera is given; elevation_deg then is for pictures that do not say it.
+    Setting elevation_deg by name switches this off."""
     is_elevation_known: bool = True
-    """False lets the prior treat the elevation as a guess."""
+    """False lets the prior treat the elevation as a guess; a guessed one always is."""
     fov_deg: float = 40.0
     """Full angle of view of the picture's larger side, if no camera is given."""
 
@@ -532,6 +535,8 @@ def with_overrides(config: PipelineConfig, overrides: dict[str, object]) -> Pipe
         InputError: A name does not exist or a value does not fit its type.
     """
     rest = dict(overrides)
+    if "picture.elevation_deg" in rest:  # whoever names an elevation wants that one
+        rest.setdefault("picture.guess_elevation", False)
     kind = rest.pop("guidance", config.guidance)
     if not dataclasses.is_dataclass(kind):
         _check(kind in GUIDANCES, f"unknown guidance {kind!r}: use {', '.join(GUIDANCES)}")

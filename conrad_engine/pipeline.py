@@ -26,6 +26,8 @@ from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from .config import HALF_BOX, REFERENCE_EXTENT, MixtureConfig, PipelineConfig, StableDiffusionConfig, to_json
 from .constraint import ConstrainedField, ReferenceView, reference_view
 from .device import resolve_device, set_threads
+from .elevation import ElevationGuess, guess_elevation
+from .elevation import elevation_of_picture as elevation_of_picture  # a question that workers pass on to us
 from .errors import Cancelled, InputError
 from .fields.radiance_field import make_field
 from .files import make_folder, write_json
@@ -107,19 +109,20 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
     with _log_file(folder):
         log.info("ConRad engine %s on %s with %d threads, preset %s", __version__, device, n_threads, config.preset)
         monitor.progress(Progress("prepare", 0, 1))
-        prepared, frame, view, inputs = _prepare(job, monitor)
+        inputs = _prepare(job, monitor, device)
+        prepared, frame, view = inputs.prepared, inputs.frame, inputs.view
         write_json(folder / "config.json", {"version": __version__, "name": job.name, **to_json(config)})
         state = _first_state(view, config, device)
         initial = _initial_shape(job, frame, state, config)
-        is_resumed = resume and load_checkpoint(folder, state, config, inputs)
+        is_resumed = resume and load_checkpoint(folder, state, config, inputs.fingerprint)
         if is_resumed:
             monitor.progress(Progress("optimize", state.step, n_total_steps(config)))
         seconds = {"prepare": time.monotonic() - started}
         # A job stopped early and only made into a mesh again needs no prior.
         if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:
-            guidance = _guidance(config, prepared, frame, device, folder, is_resumed, monitor)
+            guidance = _guidance(config, inputs, device, folder, is_resumed, monitor)
             seconds["load"] = time.monotonic() - started - seconds["prepare"]
-            save = lambda s: save_checkpoint(folder, s, config, inputs)  # noqa: E731
+            save = lambda s: save_checkpoint(folder, s, config, inputs.fingerprint)  # noqa: E731
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
                 save(state)
@@ -141,6 +144,8 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
             steps=state.step,
             warnings=[] if prepared is None else list(prepared.warnings),
         )
+        if inputs.guess is not None:
+            finished.metrics["elevation"] = inputs.guess.to_json()
         write_json(folder / "metrics.json", finished.metrics)
         log.info("done in %.1f s", time.monotonic() - started)
         monitor.progress(Progress("done", 1, 1, 0.0, {}, memory_bytes(device)))
@@ -150,13 +155,13 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
 def help_optimize(ranks: Ranks, device: torch.device, job: Job, folder: Path) -> None:
     """What another process does in a job whose views are shared: go on from the first one's checkpoint, and write nothing."""
     config, monitor = job.config, Monitor()
-    prepared, frame, view, inputs = _prepare(job, monitor)
-    state = _first_state(view, config, device)
-    _initial_shape(job, frame, state, config)
-    load_checkpoint(folder, state, config, inputs)
-    guidance = _guidance(config, prepared, frame, device, folder, True, monitor)
+    inputs = _prepare(job, monitor, device)
+    state = _first_state(inputs.view, config, device)
+    _initial_shape(job, inputs.frame, state, config)
+    load_checkpoint(folder, state, config, inputs.fingerprint)
+    guidance = _guidance(config, inputs, device, folder, True, monitor)
     with suppress(Cancelled):
-        optimize(state, guidance, frame.condition, config, monitor, lambda s: None, lambda s: None, ranks)
+        optimize(state, guidance, inputs.frame.condition, config, monitor, lambda s: None, lambda s: None, ranks)
 
 
 def _first_state(view: ReferenceView | None, config: PipelineConfig, device: torch.device) -> State:
@@ -165,24 +170,42 @@ def _first_state(view: ReferenceView | None, config: PipelineConfig, device: tor
     return make_state(make_field(config.field_, _field_box(device)), views, config, device)
 
 
-def _prepare(job: Job, monitor: Monitor) -> tuple[PreparedPicture | None, Frame, ReferenceView | None, str]:
-    """The picture, the object frame, the reference view and the inputs' fingerprint."""
+@dataclass(frozen=True)
+class _Inputs:
+    """What a job starts from."""
+
+    prepared: PreparedPicture | None
+    """None, like the view, where there are only words."""
+    frame: Frame
+    view: ReferenceView | None
+    guess: ElevationGuess | None
+    """The camera's elevation, if it had to be guessed."""
+    fingerprint: str
+
+
+def _prepare(job: Job, monitor: Monitor, device: torch.device) -> _Inputs:
     if job.picture is None:
         check_words(job.config)
         frame, parts = frame_of_words(job.config.picture), [job.config.prompt.encode(), _content(job.init_mesh)]
-        return None, frame, None, fingerprint(parts)
+        return _Inputs(None, frame, None, None, fingerprint(parts))
     prepared = prepare_picture(job.picture, job.config.picture, job.mask, job.depth, job.depth_kind)
     for message in prepared.warnings:
         log.warning("%s", message)
         monitor.warning(message)
     setup = None if job.camera is None else CameraSetup.from_json(job.camera)
-    frame = frame_object(prepared.mask, setup, job.config.picture)
+    settings, guess = job.config.picture, None
+    if setup is None and settings.guess_elevation:
+        guess = guess_elevation(prepared, settings, device)
+        settings = guess.picture
+        monitor.warning(guess.sentence())
+    frame = frame_object(prepared.mask, setup, settings)
     surface = _known_surface(prepared, frame, job.config)
     view = reference_view(prepared.rgb, prepared.mask, frame.camera, surface)
     camera = json.dumps(None if setup is None else setup.to_json(), sort_keys=True)
-    angles = (job.config.picture.elevation_deg, job.config.picture.fov_deg) if setup is None else ()
+    angles = (settings.elevation_deg, settings.fov_deg) if setup is None else ()
     parts = [prepared.sha256.encode(), _content(job.mask), _content(job.depth), _content(job.init_mesh)]
-    return prepared, frame, view, fingerprint([*parts, camera.encode(), repr(angles).encode()])
+    parts += [camera.encode(), repr(angles).encode()]
+    return _Inputs(prepared, frame, view, guess, fingerprint(parts))
 
 
 def _content(source: Path | bytes | None) -> bytes:
@@ -245,24 +268,19 @@ def _fitted(points: torch.Tensor) -> Similarity:
 
 
 def _guidance(
-    config: PipelineConfig,
-    prepared: PreparedPicture | None,
-    frame: Frame,
-    device: torch.device,
-    folder: Path,
-    is_resumed: bool,
-    monitor: Monitor,
+    config: PipelineConfig, inputs: _Inputs, device: torch.device, folder: Path, is_resumed: bool, monitor: Monitor
 ) -> Guidance | None:
     """The prior with its reference set; None when nothing will ask for it."""
     if config.optimize.n_steps == 0 and (
         config.optimize.warm_start_views == 0 or config.optimize.warm_start_steps == 0
     ):
         return None
+    prepared, frame = inputs.prepared, inputs.frame
     if prepared is None:
         picture = torch.zeros(4, frame.condition.height, frame.condition.width)
     else:
         picture = condition_picture(prepared.rgb, prepared.mask, frame)
-    is_known = frame.has_camera or config.picture.is_elevation_known
+    is_known = (config.picture if inputs.guess is None else inputs.guess.picture).is_elevation_known
     reference = ReferencePicture(picture, frame.condition, is_known, config.prompt, frame.object_size)
     settings = config.guidance
     if isinstance(settings, StableDiffusionConfig | MixtureConfig):

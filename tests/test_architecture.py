@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "known_models": set(),
     "graphs": set(),
     "preprocess": {"cameras", "model_files", "known_models"},
+    "elevation": {"guidance", "preprocess"},
     "mesh": {"cameras"},
     "state": {"constraint", "fields", "rendering"},
     "warm_start": {"cameras", "constraint", "guidance", "state"},

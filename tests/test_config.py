@@ -16,6 +16,20 @@ def test_round_trip(name, guidance):
     assert c.from_json(json.loads(json.dumps(c.to_json(config)))) == config
 
 
+def test_a_named_elevation_is_not_guessed():
+    assert c.preset("draft").picture.guess_elevation
+    named = c.with_overrides(c.preset("draft"), {"picture.elevation_deg": 25})
+    assert not named.picture.guess_elevation and c.from_json(c.to_json(named)) == named
+    both = c.with_overrides(c.preset("draft"), {"picture.elevation_deg": 25, "picture.guess_elevation": True})
+    assert both.picture.guess_elevation and c.from_json(c.to_json(both)) == both
+
+
+def test_settings_of_before_there_were_guesses_keep_their_elevation():
+    data = c.to_json(c.preset("draft"))
+    del data["picture"]["guess_elevation"]
+    assert not c.from_json(data).picture.guess_elevation
+
+
 def test_overrides_convert_text():
     config = c.with_overrides(
         c.preset("draft"), {"field.resolution": "80", "picture.is_elevation_known": "false", "constraint.kind": "loss"}

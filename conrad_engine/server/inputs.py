@@ -34,7 +34,6 @@ def read_inputs(folder: Path) -> dict:
     if request["c2w"]:
         camera = {key: request[key] for key in ("c2w", "intrinsics", "width", "height", "object_size")}
         camera["object_center"] = request["object_center"] or [0.0, 0.0, 0.0]
-    Image.MAX_IMAGE_PIXELS = None  # Our own limit, checked before anything is decoded, says what to do.
     fields = {
         "picture": _picture(folder, "picture", arrays.get("pixels")),
         "mask": _picture(folder, "mask", arrays.get("mask_pixels")),
@@ -67,6 +66,7 @@ def picture_file(name: str, data: bytes | memoryview | None, pixels: np.ndarray 
     if data is None:
         return None
     data = bytes(data)
+    Image.MAX_IMAGE_PIXELS = None  # Our own limit, checked before anything is decoded, says what to do.
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.format in PROGRAMS:

@@ -1,7 +1,7 @@
 """How high the camera of a picture seems to stand, from what the embedded prior's network makes of the picture.
 
-The network encodes the picture once, told nothing of its elevation or lens; a small head pools the values of three of its
-attention layers into a distribution over elevations. See MODEL_CARD.md for data, scores and limits.
+The network encodes the picture once, told nothing of its elevation or lens; a small head turns means and spreads of what
+three of its attention layers hold into a distribution over elevations. See MODEL_CARD.md for data, scores and limits.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ CENTERS_DEG = tuple(range(-15, 66, 5))
 """Elevations that the head weighs; pictures of -10 to 60 degrees were learned from."""
 FOV_RAD = math.radians(40)
 """What the network is told of the lens, whatever it was: the true one makes the estimate no better."""
-MAX_SPREAD_DEG = 15.0
-"""With a larger spread the estimate is no better than the usual elevation."""
+USUAL_DEG, USUAL_SPREAD_DEG = 15.0, 20.0
+"""Mean and standard deviation of the elevations that people take pictures from. The head learned from all alike."""
+MAX_SPREAD_DEG = 13.0
+"""With a larger spread the estimate of a picture from a usual elevation is no better than the default."""
 
 
 class ElevationEstimate(NamedTuple):
@@ -53,29 +55,30 @@ class ElevationEstimate(NamedTuple):
 
 
 class ElevationHead(nn.Module):
-    """Tokens to scores of `CENTERS_DEG`: four weighted means over the picture, each with its own weights."""
+    """Scores of `CENTERS_DEG` from a picture's features."""
 
-    def __init__(self, n_channels: int, width: int = 64, n_means: int = 4, dropout: float = 0.2) -> None:
+    def __init__(self, n_features: int, width: int = 128, dropout: float = 0.3) -> None:
         super().__init__()
-        self.norm, self.enter = nn.LayerNorm(n_channels), nn.Linear(n_channels, width)
-        self.position = nn.Parameter(torch.zeros(N_CELLS**2, width))
-        self.weigh, self.value = nn.Linear(width, n_means), nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-        self.leave = nn.Sequential(
-            nn.Linear(n_means * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, len(CENTERS_DEG))
+        self.register_buffer("center", torch.zeros(n_features))
+        self.register_buffer("scale", torch.ones(n_features))
+        self.layers = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(n_features, width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, len(CENTERS_DEG)),
         )
 
-    def forward(self, tokens: Float[Tensor, "n cells channels"]) -> Float[Tensor, "n centers"]:
-        h = F.gelu(self.enter(self.dropout(self.norm(tokens))) + self.position)
-        weights = self.weigh(h).softmax(1)
-        means = torch.einsum("ntm,ntw->nmw", weights, F.gelu(self.value(h))).flatten(1)
-        return self.leave(self.dropout(means))
+    def forward(self, features: Float[Tensor, "n features"]) -> Float[Tensor, "n centers"]:
+        return self.layers((features - self.center) / self.scale)
 
 
-def picture_tokens(
+def picture_features(
     net: ViewPrior, pictures: Float[Tensor, "n 4 size size"], cast: torch.autocast
-) -> Float[Tensor, "n cells channels"]:
-    """What the head looks at.
+) -> Float[Tensor, "n features"]:
+    """Mean and standard deviation over the picture of each channel of the values of `LAYERS`.
 
     Args:
         pictures: Premultiplied RGBA in [0, 1], framed as the prior's reference pictures.
@@ -87,13 +90,20 @@ def picture_tokens(
     nothing_known = Reference(camera, 0 * one, one, 0 * one, 0 * one)
     with torch.no_grad(), cast:
         layers = net.encode(channels_last(resized(pictures, net.size) * 2 - 1), nothing_known)
-    return torch.cat([_in_cells(layers[index][1].float().flatten(2)) for index in LAYERS], 2)
+    cells = torch.cat([_in_cells(layers[index][1].float().flatten(2)) for index in LAYERS], 2)
+    return torch.cat([cells.mean(1), cells.std(1, correction=0)], 1)
 
 
 def _in_cells(tokens: Float[Tensor, "n tokens channels"]) -> Float[Tensor, "n cells channels"]:
     side = math.isqrt(tokens.shape[1])
     picture = tokens.transpose(1, 2).unflatten(2, (side, side))
     return F.adaptive_avg_pool2d(picture, N_CELLS).flatten(2).transpose(1, 2)
+
+
+def as_usual(scores: Float[Tensor, "n centers"]) -> Float[Tensor, "n centers"]:
+    """Scores that take into account from where people take pictures: Bayes' rule with a bell of `USUAL_DEG`."""
+    centers = torch.tensor(CENTERS_DEG, dtype=scores.dtype, device=scores.device)
+    return scores - ((centers - USUAL_DEG) / USUAL_SPREAD_DEG) ** 2 / 2
 
 
 def mean_and_spread(scores: Float[Tensor, "n centers"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -121,8 +131,8 @@ def estimate_elevation(
     dtype = fast_precision(device)
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with torch.no_grad():
-        scores = head(picture_tokens(net, picture.to(device, torch.float32)[None], cast))
-    mean, spread = mean_and_spread(scores.cpu())
+        scores = head(picture_features(net, picture.to(device, torch.float32)[None], cast))
+    mean, spread = mean_and_spread(as_usual(scores.cpu()))
     return ElevationEstimate(float(mean), float(spread))
 
 
@@ -132,13 +142,17 @@ def to_bytes(head: ElevationHead, notes: dict[str, str] | None = None) -> bytes:
     return save(tensors, {"architecture": ARCHITECTURE, **(notes or {})})
 
 
+def shipped_path() -> Path:
+    return Path(str(resources.files(__package__) / SHIPPED))
+
+
 def load(path: Path | str = "") -> ElevationHead:
     """The head with weights from a file, on the CPU in fp32; the shipped ones when no path is given.
 
     Raises:
         GuidanceError: There is no such file, it is damaged, or it is for another architecture.
     """
-    path = Path(path) if path else Path(str(resources.files(__package__) / SHIPPED))
+    path = Path(path) if path else shipped_path()
     if not path.is_file():
         raise GuidanceError(f"the elevation weights are missing at {path}: reinstall the package or name a file")
     try:
@@ -149,8 +163,7 @@ def load(path: Path | str = "") -> ElevationHead:
         raise GuidanceError(f"the elevation weights {path} cannot be read ({error}): get the file again") from None
     if found != ARCHITECTURE:
         raise GuidanceError(f"the weights {path} are for {found}, this version needs {ARCHITECTURE}")
-    n_channels = tensors["norm.weight"].numel() if "norm.weight" in tensors else 0
-    head = ElevationHead(max(n_channels, 1))
+    head = ElevationHead(max(tensors["center"].numel() if "center" in tensors else 0, 1))
     expected = {name: value.shape for name, value in head.state_dict().items()}
     if {name: value.shape for name, value in tensors.items()} != expected:
         raise GuidanceError(f"the weights {path} do not fit {ARCHITECTURE}: get the file again")
