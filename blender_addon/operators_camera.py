@@ -186,20 +186,20 @@ class CONRAD_OT_guess_elevation(CameraOperator, bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
-            set_guessed(context.scene.conrad, self.elevation_deg)
+            context.scene.conrad.is_elevation_guess = True
+            set_elevation(context.scene.conrad, self.elevation_deg)
         except camera.CannotUseCamera as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
         return {"FINISHED"}
 
 
-def set_guessed(settings: bpy.types.PropertyGroup, elevation_deg: float) -> None:
-    """Take an elevation that is only a guess, for the reference camera or, without one, the settings.
+def set_elevation(settings: bpy.types.PropertyGroup, elevation_deg: float) -> None:
+    """Give the reference camera an elevation or, without one, the settings.
 
     Raises:
         CannotUseCamera: The camera cannot be fitted to the picture.
     """
-    settings.is_elevation_guess = True
     item = settings.camera
     if item is None:
         settings.elevation = math.radians(elevation_deg)
@@ -300,7 +300,9 @@ def _used(answer: ElevationGuess | Error | None, asked: Question) -> str:
     if names != (asked.image, asked.camera):
         return "The picture or the camera was changed meanwhile: guess again"
     try:
-        set_guessed(settings, answer.elevation_deg)
+        # What the engine is sure of counts as known; see the prior's model card.
+        settings.is_elevation_guess = False
+        set_elevation(settings, answer.elevation_deg)
     except camera.CannotUseCamera as error:
         return str(error)
     scene_tools.push_undo("ConRad: Guess Elevation")

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from .config import PRESETS, PipelineConfig, from_json, preset, to_json, with_overrides
+from .config import AUTO, PRESETS, PipelineConfig, from_json, preset, to_json, with_overrides
 from .errors import ConradError, InputError
 from .files import make_folder, write_atomic, write_json
 
@@ -103,6 +103,12 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--pattern", default="*", help="which pictures, such as 'chair*.png' or '**/*.jpg'")
     parser.add_argument("--preset", default="standard", metavar="|".join(PRESETS))
     parser.add_argument(
+        "--elevation",
+        metavar="DEG|auto",
+        default=AUTO,
+        help="of all cameras (default: auto, guessed picture by picture)",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any setting, for all pictures"
     )
     parser.add_argument(
@@ -125,7 +131,10 @@ def run_batch(arguments: argparse.Namespace) -> int:
     from .batch_runners import make_runner
 
     out = make_folder(arguments.out)
-    config = with_overrides(preset(arguments.preset), dict(_overrides(arguments.set)))
+    overrides = dict(_overrides(arguments.set))
+    if arguments.elevation != AUTO:
+        overrides["picture.elevation_deg"] = arguments.elevation
+    config = with_overrides(preset(arguments.preset), overrides)
     pictures = find_pictures(arguments.folder, arguments.pattern)
     runner = make_runner(arguments.ray, arguments.devices, arguments.pipeline, out, arguments.time_limit)
     try:

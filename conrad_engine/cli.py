@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .baselines import BASELINES, NEEDS_DEPTH, NEEDS_WORDS, TEXT_ONLY, overrides_of
-from .config import GUIDANCES, PRESETS, PipelineConfig, preset, with_overrides
+from .config import AUTO, GUIDANCES, PRESETS, PipelineConfig, preset, with_overrides
 from .errors import Cancelled, ConradError, InputError
 from .evaluation import commands as evaluation_commands
 from .monitor import Command, Monitor, Progress
@@ -27,7 +27,6 @@ from .server import commands as server_commands
 if TYPE_CHECKING:
     from .pipeline import Job
 
-AUTO = "auto"
 STOPPED = 130
 """The shell's convention for a program ended by Ctrl-C."""
 

@@ -18,6 +18,8 @@ HALF_FRAME = 0.75
 """Half side, at the origin, of what the conditioning view of the prior shows: the silhouette fills 80 % of it."""
 HALF_BOX = 1.0
 """The field lives inside [-1, 1]³ of the object frame."""
+AUTO = "auto"
+"""An elevation on the command line that is to be guessed from the picture."""
 
 
 def _check(condition: bool, message: str) -> None:
@@ -43,7 +45,7 @@ class PictureConfig:
     """Estimate the elevation from the picture, if no camera is given; elevation_deg then is for pictures that do not say it.
     Setting elevation_deg by name switches this off."""
     is_elevation_known: bool = True
-    """False lets the prior treat the elevation as a guess; a guessed one always is."""
+    """False has the prior look at the picture without being told its elevation. What was guessed sets it by itself."""
     fov_deg: float = 40.0
     """Full angle of view of the picture's larger side, if no camera is given."""
 

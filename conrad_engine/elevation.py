@@ -25,7 +25,8 @@ class ElevationGuess:
     estimate: ElevationEstimate
     """Seen from the object."""
     picture: PictureConfig
-    """The settings with the elevation to use, which nobody knows: of a camera that looks at the middle of the picture."""
+    """The settings with the elevation to use, of a camera that looks at the middle of the picture. A sure estimate counts as
+    known: told of it, the prior draws better views than told nothing (MODEL_CARD.md)."""
 
     def to_json(self) -> dict:
         """For a job's metrics."""
@@ -59,7 +60,8 @@ def guess_elevation(prepared: PreparedPicture, config: PictureConfig, device: to
         aside_deg = config.elevation_deg - math.degrees(frame.elevation_rad)
         # Whole degrees: what another device computes differently must not part a job from its checkpoint.
         elevation_deg = float(min(max(round(estimate.elevation_deg + aside_deg), -60), 89))
-    guess = ElevationGuess(estimate, replace(config, elevation_deg=elevation_deg, is_elevation_known=False))
+    used = replace(config, elevation_deg=elevation_deg, is_elevation_known=estimate.is_sure)
+    guess = ElevationGuess(estimate, used)
     log.info("%s", guess.sentence())
     return guess
 

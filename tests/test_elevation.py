@@ -143,7 +143,7 @@ def test_the_guessed_elevation_is_that_of_the_object_also_beside_the_middle(monk
     assert abs(math.degrees(frame_object(prepared.mask, None, config).elevation_rad) - config.elevation_deg) > 5
     guess = engine.guess_elevation(prepared, config, CPU)
     found = math.degrees(frame_object(prepared.mask, None, guess.picture).elevation_rad)
-    assert found == pytest.approx(30, abs=1.5) and not guess.picture.is_elevation_known
+    assert found == pytest.approx(30, abs=1.5) and guess.picture.is_elevation_known
     assert guess.sentence() == "the camera's elevation was guessed from the picture: 30 ± 5 degrees"
 
 
@@ -178,11 +178,17 @@ def generated(monkeypatch, folder, camera=None, **settings) -> dict:
 def test_without_camera_and_elevation_a_job_guesses(monkeypatch, tmp_path):
     metrics = generated(monkeypatch, tmp_path)
     assert metrics["elevation"]["estimate_deg"] == 35 and metrics["elevation"]["is_used"]
-    assert not Told.reference.is_elevation_known
+    assert Told.reference.is_elevation_known
     camera = json.loads((tmp_path / "camera.json").read_text())
     backward = np.array(camera["c2w"])[:3, 2]
     assert math.degrees(math.asin(backward[2])) == pytest.approx(metrics["elevation"]["used_deg"], abs=0.1)
     assert "guessed from the picture: 35 ± 6 degrees" in (tmp_path / "log.txt").read_text()
+
+
+def test_an_unsure_job_tells_the_prior_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(head_file, "MAX_SPREAD_DEG", 5.0)
+    metrics = generated(monkeypatch, tmp_path)
+    assert not metrics["elevation"]["is_used"] and not Told.reference.is_elevation_known
 
 
 def test_a_given_elevation_is_taken_and_known(monkeypatch, tmp_path):

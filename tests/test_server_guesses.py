@@ -37,6 +37,11 @@ def test_a_picture_is_looked_at(client):
     assert (answer.elevation_deg, answer.spread_deg, answer.is_sure) == (8, 6, False)
 
 
+def test_scripts_have_a_method_for_it(client):
+    answer = client.guess_elevation(picture(8, 6), mask=picture(8, 6), fov_deg=30)
+    assert (answer.elevation_deg, answer.spread_deg, answer.is_sure) == (8, 6, True)
+
+
 def test_pixels_and_a_mask_do_as_well(client):
     pixels = np.full((5, 9, 4), 200, np.uint8)
     answer = ask(

@@ -23,9 +23,11 @@ from .messages import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
     Ack,
+    ElevationGuess,
     Error,
     Fetch,
     Forgotten,
+    GuessElevation,
     Hello,
     JobState,
     Listed,
@@ -208,6 +210,12 @@ class EngineClient:
     def fetch(self, job: str, part: str = ARRAYS, timeout_s: float = 60.0) -> Result | ResultFile:
         """A part of a job's newest result, for scripts; raises what `request` raises."""
         return self.request(Fetch(job, part), timeout_s)
+
+    def guess_elevation(
+        self, picture: bytes, mask: bytes | None = None, fov_deg: float = 40.0, timeout_s: float = 60.0
+    ) -> ElevationGuess:
+        """How high the camera of a picture seems to stand, for scripts; file bytes in, raises what `request` raises."""
+        return self.request(GuessElevation(picture, mask=mask, fov_deg=fov_deg), timeout_s)
 
     def close(self) -> None:
         """Let go of the connection at once; nothing is waited for."""

@@ -118,7 +118,8 @@ class Submit:
     init_faces: Array | None = None
     """<i4 or <u4 (n, 3)."""
     c2w: tuple[float, ...] = ()
-    """16 numbers, or none: the reference camera then stands on -Y and the object is about 1 unit large."""
+    """16 numbers, or none: the reference camera then stands on -Y, as high as `picture.elevation_deg` of `overrides` says or
+    as the engine guesses, and the object is about 1 unit large."""
     intrinsics: tuple[float, ...] = ()
     width: int = 0
     height: int = 0

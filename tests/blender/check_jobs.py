@@ -103,8 +103,8 @@ def check_guess() -> None:
         pump_until(lambda: operators.question is None)
         return operators.guess_note
 
-    scene.conrad.image, scene.conrad.camera, scene.conrad.is_elevation_guess = painted("pan"), None, False
-    assert guessed() == "Elevation guessed: 33° ± 4°" and scene.conrad.is_elevation_guess
+    scene.conrad.image, scene.conrad.camera, scene.conrad.is_elevation_guess = painted("pan"), None, True
+    assert guessed() == "Elevation guessed: 33° ± 4°" and not scene.conrad.is_elevation_guess
     assert math.isclose(scene.conrad.elevation, math.radians(33), rel_tol=1e-5)
     scene.conrad.elevation = 0.0
     bpy.ops.conrad.add_camera()
