@@ -124,6 +124,14 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_batch)
 
 
+def config_from(arguments: argparse.Namespace) -> PipelineConfig:
+    """The settings of all pictures, as far as the command line says them."""
+    overrides = dict(_overrides(arguments.set))
+    if arguments.elevation != AUTO:
+        overrides["picture.elevation_deg"] = arguments.elevation
+    return with_overrides(preset(arguments.preset), overrides)
+
+
 def run_batch(arguments: argparse.Namespace) -> int:
     """`conrad batch`: 0 when every picture is done, 2 when some failed."""
     from tqdm import tqdm
@@ -131,10 +139,7 @@ def run_batch(arguments: argparse.Namespace) -> int:
     from .batch_runners import make_runner
 
     out = make_folder(arguments.out)
-    overrides = dict(_overrides(arguments.set))
-    if arguments.elevation != AUTO:
-        overrides["picture.elevation_deg"] = arguments.elevation
-    config = with_overrides(preset(arguments.preset), overrides)
+    config = config_from(arguments)
     pictures = find_pictures(arguments.folder, arguments.pattern)
     runner = make_runner(arguments.ray, arguments.devices, arguments.pipeline, out, arguments.time_limit)
     try:

@@ -21,6 +21,7 @@ from conrad_engine.batch import (
     Entry,
     Outcome,
     Task,
+    config_from,
     convert,
     find_pictures,
     read_manifest,
@@ -30,6 +31,7 @@ from conrad_engine.batch import (
 )
 from conrad_engine.batch_report import write_report
 from conrad_engine.batch_runners import LocalRunner, RayRunner
+from conrad_engine.cli import make_parser
 from conrad_engine.config import PipelineConfig, with_overrides
 from conrad_engine.errors import InputError
 
@@ -193,6 +195,17 @@ def test_side_car_settings(folder):
         (folder / "ape.json").write_text(text)
         with pytest.raises(InputError, match=complaint):
             read_task(folder, "ape.png", CONFIG)
+
+
+def test_elevations_are_guessed_unless_given():
+    def picture_settings(*options: str):
+        return config_from(make_parser().parse_args(["batch", "in", "--out", "out", *options])).picture
+
+    assert picture_settings().guess_elevation and picture_settings("--elevation", "auto").guess_elevation
+    given = picture_settings("--elevation", "25")
+    assert given.elevation_deg == 25 and not given.guess_elevation
+    with pytest.raises(InputError, match="elevation must be between"):
+        picture_settings("--elevation", "100")
 
 
 def test_folders_that_cannot_be_converted(folder, tmp_path):
