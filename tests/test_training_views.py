@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +202,17 @@ def test_mirroring_a_picture_is_rendering_the_mirrored_mesh_from_minus_the_azimu
         twin = raster.Rasterizer(mirrored).render(raster.orbit_camera(-azimuth_rad, 0.3, 2.4), FOV_RAD, 64, other)
         difference = np.abs(image[:, ::-1].astype(int) - twin)
         assert (difference.max(-1) > 8).mean() < 0.005  # pixels whose samples lie exactly on an edge
+
+
+def test_the_compiled_rasterizer_leaves_small_numbers_alone():
+    # Some compiler flags link code that rounds denormal numbers to zero in the whole process.
+    probe = (
+        "from conrad_engine.training.raster import Rasterizer\n"
+        "from tests.training_meshes import box\n"
+        "Rasterizer(box(1.0, 1.0, 1.0))\n"
+        "assert Rasterizer._library is not None and 2.2250738585072014e-308 / 2 > 0"
+    )
+    subprocess.run([sys.executable, "-c", probe], cwd=Path(__file__).parents[1], check=True)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

@@ -25,7 +25,10 @@ from .pool import PoolMesh
 SOURCE = Path(__file__).with_name("rast.c")
 # No -march=native: the compiled file may travel to another machine together with the checkout.
 ARCHITECTURE_FLAGS = ("-mavx2", "-mfma") if platform.machine() in ("x86_64", "AMD64") else ()
-COMPILER_FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", *ARCHITECTURE_FLAGS, "-shared", "-fPIC")
+# What -ffast-math would allow, but for finite numbers only; that flag itself also links code that has the whole process
+# round denormal numbers to zero from then on.
+FAST_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
+COMPILER_FLAGS = ("-O3", *FAST_FLAGS, *ARCHITECTURE_FLAGS, "-shared", "-fPIC")
 
 
 def compiled_library() -> Path:
