@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save
 
 from conrad_engine import elevation as engine
 from conrad_engine import pipeline
+from conrad_engine.cameras import CameraSetup, orbit_angles
 from conrad_engine.config import HALF_FRAME, PictureConfig, preset, with_overrides
 from conrad_engine.errors import GuidanceError
 from conrad_engine.guidance.embedded import elevation as head_file
@@ -120,6 +122,16 @@ def test_a_mirrored_picture_has_nearly_the_same_elevation():
     picture = as_picture(seen_from(25))
     found = [estimate_elevation(p, CPU).elevation_deg for p in (picture, picture.flip(-1))]
     assert abs(found[0] - found[1]) < 6
+
+
+@pytest.mark.parametrize("name", ["chair.webp", "truck.jpg"])
+def test_pictures_whose_camera_is_known(name):
+    path = Path(__file__).parent / "pictures" / name
+    mask = path.with_name(f"{path.stem}.mask.png")
+    setup = CameraSetup.from_json(path.with_name(f"{path.stem}.camera.json"))
+    true_deg = math.degrees(float(orbit_angles(setup.camera.positions - setup.object_center)[1]))
+    estimate = pipeline.elevation_of_picture(path, mask if mask.exists() else None, 40.0, "cpu")
+    assert estimate.is_sure and abs(estimate.elevation_deg - true_deg) < 5
 
 
 # What a job makes of it
