@@ -116,10 +116,28 @@ def test_doctor_names_what_is_missing_and_the_command(monkeypatch, capsys):
 @pytest.mark.slow
 def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(tmp_path):
     """The real program with the shipped prior: stopped in the middle, then resumed to its end."""
-    settings = "optimize.n_steps=6 optimize.warm_start_steps=20 optimize.warm_start_views=2 optimize.warm_start_sampling=2"
+    settings = (
+        "optimize.n_steps=6 optimize.warm_start_steps=20 optimize.warm_start_views=2 optimize.warm_start_sampling=2"
+    )
     settings += " field.resolution=32 mesh.resolution=48 mesh.n_faces=3000 mesh.texture_size=256"
-    small = ["--preset", "draft", "--device", "cpu", "--quiet", *(x for item in settings.split() for x in ("--set", item))]
-    command = [sys.executable, "-m", "conrad_engine", "generate", str(PICTURES / "robot.png"), "--out", str(tmp_path), *small]
+    small = [
+        "--preset",
+        "draft",
+        "--device",
+        "cpu",
+        "--quiet",
+        *(x for item in settings.split() for x in ("--set", item)),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "conrad_engine",
+        "generate",
+        str(PICTURES / "robot.png"),
+        "--out",
+        str(tmp_path),
+        *small,
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline:

@@ -46,7 +46,12 @@ def reference_error(constrained: ConstrainedField, view: ReferenceView, n_sample
 @pytest.mark.parametrize("fraction", [0.3, 0.05, 0.01])
 @pytest.mark.parametrize(
     ("kind", "seed"),
-    [("dense_volume", 0), ("dense_volume", 1), ("dense_volume", 2), pytest.param("hash_grid", 0, marks=pytest.mark.slow)],
+    [
+        ("dense_volume", 0),
+        ("dense_volume", 1),
+        ("dense_volume", 2),
+        pytest.param("hash_grid", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_any_weights_show_the_picture_up_to_the_bound(view, kind, fraction, seed):
     """METHOD: what lies behind the inferred surface weighs at most `fraction` of the ray's opacity, so the error of a

@@ -48,7 +48,9 @@ def ball_prior(monkeypatch):
 
 def toy_job(**changes) -> pipeline.Job:
     settings = TOY | changes.pop("settings", {})
-    return pipeline.Job(**{"picture": PICTURE, "config": with_overrides(preset("draft"), settings), "name": "figure"} | changes)
+    return pipeline.Job(
+        **{"picture": PICTURE, "config": with_overrides(preset("draft"), settings), "name": "figure"} | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,9 @@ def finished(tmp_path_factory):
 
 
 def test_every_file_is_there(finished):
-    expected = "mesh.glb mesh.obj mesh.mtl mesh.ply texture.png turntable.gif sheet.png config.json metrics.json log.txt"
+    expected = (
+        "mesh.glb mesh.obj mesh.mtl mesh.ply texture.png turntable.gif sheet.png config.json metrics.json log.txt"
+    )
     names = {path.name for path in finished.folder.iterdir()}
     assert set(expected.split()) <= names
     assert not [name for name in names if name.endswith(".tmp")]
@@ -99,7 +103,13 @@ def test_with_a_camera_the_mesh_lies_in_its_world(tmp_path):
     right = np.cross([0, 0, 1], backward) / np.linalg.norm(np.cross([0, 0, 1], backward))
     c2w = np.eye(4)
     c2w[:3] = np.stack([right, np.cross(backward, right), backward, position], 1)
-    camera = {"c2w": c2w.tolist(), "intrinsics": [200, 200, 90, 90], "width": 160, "height": 192, "object_center": [10, 20, 30]}
+    camera = {
+        "c2w": c2w.tolist(),
+        "intrinsics": [200, 200, 90, 90],
+        "width": 160,
+        "height": 192,
+        "object_center": [10, 20, 30],
+    }
     result = pipeline.generate(toy_job(camera=camera), tmp_path)
     ours = render_mesh(result.mesh, CameraSetup.from_json(camera).camera)
     assert metrics.mask_iou(ours[..., 3] > 0.5, figure_rgba(192, 160)[..., 3] > 127) > 0.93

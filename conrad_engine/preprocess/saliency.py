@@ -26,7 +26,10 @@ def border_saliency(lab: Float[ndarray, "height width 3"]) -> Float[ndarray, "he
     counts = np.bincount(patches.ravel(), minlength=n)
     v, u = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     means = np.stack(
-        [np.bincount(patches.ravel(), weights=x.ravel(), minlength=n) / counts for x in (*np.moveaxis(lab, -1, 0), u, v)],
+        [
+            np.bincount(patches.ravel(), weights=x.ravel(), minlength=n) / counts
+            for x in (*np.moveaxis(lab, -1, 0), u, v)
+        ],
         -1,
     )
     on_border = np.zeros(n, bool)
