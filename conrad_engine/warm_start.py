@@ -141,9 +141,10 @@ class SampledViews:
     """Of each pixel of all views: half of the rays go near the object."""
 
     @staticmethod
-    def of(state: State, condition: Camera, size: int) -> SampledViews:
+    def of(state: State, condition: Camera) -> SampledViews:
         assert state.sampled is not None, "there is a fit only to sampled views"
-        cameras = ring_cameras(condition, len(state.sampled), state.half_frame, size).to(state.device)
+        n_views, size = len(state.sampled), state.sampled.shape[-1]
+        cameras = ring_cameras(condition, n_views, state.half_frame, size).to(state.device)
         near = torch.nn.functional.max_pool2d(state.sampled[:, 3:], 5, 1, 2).flatten() > 0.05
         return SampledViews(state.sampled, cameras, near / near.sum().clamp(min=1) + 1 / near.numel())
 

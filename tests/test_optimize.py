@@ -121,9 +121,11 @@ def test_distillation_finds_the_ball_behind_a_red_disc(field, steps, limit):
     assert -10 * math.log10(mse) > 30, "the front is the picture's red although the prior wants green"
 
 
-def test_warm_start_fits_sampled_views():
+@pytest.mark.parametrize("size", [24, 32, 48], ids=["smaller", "as rendered", "larger"])
+def test_warm_start_fits_sampled_views_of_any_size(size):
     state, config, frame, _ = toy(steps=0, warm=60)
     prior = BallPrior()
+    prior.sample_views = lambda cameras, n_steps, **_: ball_picture(cameras.resized(size, size))
     run(state, config, frame, prior)
     assert prior.n_calls == 0 and len(state.sampled) == 4
     assert ball_error(state, frame) < 0.08
