@@ -418,8 +418,6 @@ class OptimizeConfig:
     """Squared differences of neighbouring cells, or of normals."""
     distortion_weight: float = 0.01
     """mip-NeRF 360 distortion (arXiv:2111.12077, eq. 15): draws the density of a ray together."""
-    orientation_weight: float = 0.0
-    """Normals that face away from the camera (Ref-NeRF, arXiv:2112.03907, eq. 11); hash grid only."""
     depth_weight: float = 0.0
     """Agreement with a relative depth map, decaying to nothing at half of the run."""
     depth_loss: str = "correlation"
@@ -430,8 +428,6 @@ class OptimizeConfig:
     """GPUs that share the views of a step, which they must divide; on a CPU, processes."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
-    preview_every: int = 10
-    """Steps between previews, at least."""
 
     def __post_init__(self) -> None:
         _check(
