@@ -75,7 +75,7 @@ def test_several_questions_are_all_answered(client):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"picture": None}, "a picture is needed"),
+        ({"picture": None}, "needs a picture"),
         ({"fov_deg": 150.0}, "fov_deg must be between 2 and 120"),
         ({"mask_pixels": Array("u1", (2, 2, 3), bytes(12))}, "mask_pixels must be u1"),
         ({"picture": b"GIF no more"}, "cannot be decoded"),

@@ -168,7 +168,7 @@ PIXELS = {"picture": ("pixels", "u1", (3, 4)), "mask": ("mask_pixels", "u1", ())
 
 def _check_pictures(message: Submit | GuessElevation, names: tuple[str, ...]) -> None:
     if (message.picture is None) == (message.pixels is None):
-        raise InputError("a picture is needed: either its file's bytes or its pixels")
+        raise InputError("the request needs a picture: either its file's bytes or its pixels")
     for name in names:
         data = getattr(message, name)
         if data is not None and not 1 <= len(data) <= MAX_PICTURE_BYTES:
