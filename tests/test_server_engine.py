@@ -426,7 +426,8 @@ def test_a_client_of_another_version_learns_which_side_is_old(engine):
     dealer = context.socket(zmq.DEALER)
     dealer.plain_username, dealer.plain_password = b"conrad", engine.connection.token.encode()
     dealer.connect(engine.connection.endpoint)
-    hello = bytes(encode(Hello())[0]).replace(b'"v":1', b'"v":2')
+    newer = {**json.loads(bytes(encode(Hello())[0])), "v": PROTOCOL_VERSION + 1}
+    hello = json.dumps(newer).encode()
     dealer.send_multipart([hello])
     assert dealer.poll(60_000)
     answer = json.loads(dealer.recv_multipart()[0])
