@@ -40,7 +40,7 @@ def test_an_unknown_baseline_is_named():
 
 
 def parsed(*options):
-    return config_from(make_parser().parse_args(["generate", "x.png", "--out", "o", "--elevation", "10", *options]))
+    return config_from(make_parser().parse_args(["generate", "x.png", "--out", "o", "--camera", "c.json", *options]))
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -423,16 +423,18 @@ def test_logs_carry_no_token(engine, client):
 
 def test_a_client_of_another_version_learns_which_side_is_old(engine):
     context = zmq.Context()
-    dealer = context.socket(zmq.DEALER)
-    dealer.plain_username, dealer.plain_password = b"conrad", engine.connection.token.encode()
-    dealer.connect(engine.connection.endpoint)
-    newer = {**json.loads(bytes(encode(Hello())[0])), "v": PROTOCOL_VERSION + 1}
-    hello = json.dumps(newer).encode()
-    dealer.send_multipart([hello])
-    assert dealer.poll(60_000)
-    answer = json.loads(dealer.recv_multipart()[0])
-    assert answer["fields"]["code"] == "version" and "update the engine" in answer["fields"]["message"]
-    context.destroy(linger=0)
+    try:
+        dealer = context.socket(zmq.DEALER)
+        dealer.plain_username, dealer.plain_password = b"conrad", engine.connection.token.encode()
+        dealer.connect(engine.connection.endpoint)
+        newer = {**json.loads(bytes(encode(Hello())[0])), "v": PROTOCOL_VERSION + 1}
+        hello = json.dumps(newer).encode()
+        dealer.send_multipart([hello])
+        assert dealer.poll(60_000)
+        answer = json.loads(dealer.recv_multipart()[0])
+        assert answer["fields"]["code"] == "version" and "update the engine" in answer["fields"]["message"]
+    finally:
+        context.destroy(linger=0)
 
 
 def test_a_second_engine_on_the_same_folder_is_refused(engine):
