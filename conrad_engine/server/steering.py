@@ -20,7 +20,7 @@ from ..protocol import Progress as ProgressMessage
 from .link import Link
 from .worker_messages import Run, Steer, View, Warned, WorkerPreview
 
-PREVIEW_SHARE = 0.04
+PREVIEW_SHARE = 0.03
 """Part of the time spent on previews of views that stand still."""
 MOVING_SHARE = 0.3
 """The same while a client moves its view: then it is the previews that somebody waits for."""
