@@ -112,9 +112,9 @@ def diagnose() -> Report:
 
 
 def _has_weights() -> bool:
-    from .guidance.embedded.weights import shipped_path
+    from .guidance.embedded.weights import ELEVATION, PRIOR, shipped_path
 
-    return shipped_path().is_file()
+    return all(shipped_path(name).is_file() for name in (PRIOR, ELEVATION))
 
 
 def format_report(report: Report) -> str:

@@ -19,6 +19,7 @@ from conrad_engine.config import HALF_FRAME, PictureConfig, preset, with_overrid
 from conrad_engine.errors import GuidanceError
 from conrad_engine.guidance.embedded import elevation as head_file
 from conrad_engine.guidance.embedded.elevation import ElevationEstimate, ElevationHead, estimate_elevation
+from conrad_engine.guidance.embedded.weights import ELEVATION, shipped_path
 from conrad_engine.preprocess.framing import frame_object
 from conrad_engine.preprocess.prepare import prepare_picture
 from conrad_engine.training import train_elevation
@@ -73,7 +74,7 @@ def test_a_written_head_is_read_again(tmp_path):
 
 
 def test_the_shipped_file_is_small():
-    assert (head_file.shipped_path()).stat().st_size < 500_000
+    assert shipped_path(ELEVATION).stat().st_size < 500_000
 
 
 @pytest.mark.parametrize(

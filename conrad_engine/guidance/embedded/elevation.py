@@ -7,25 +7,21 @@ three of its attention layers hold into a distribution over elevations. See MODE
 from __future__ import annotations
 
 import math
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...config import HALF_FRAME
-from ...errors import GuidanceError
 from .prior import fast_precision, resized
 from .sampling import channels_last
 from .unet import Reference, ViewPrior
+from .weights import ELEVATION, filled, packed, read, shipped_path
 from .weights import load as load_prior
 
-SHIPPED = "elevation.safetensors"
 ARCHITECTURE = "conrad-elevation-1"
 """Changes whenever weights of another version would not fit."""
 LAYERS = (3, 4, 5)
@@ -137,13 +133,8 @@ def estimate_elevation(
 
 
 def to_bytes(head: ElevationHead, notes: dict[str, str] | None = None) -> bytes:
-    """The head as a safetensors file of fp16; `notes` go to its header too."""
-    tensors = {name: value.detach().half().cpu().contiguous() for name, value in head.state_dict().items()}
-    return save(tensors, {"architecture": ARCHITECTURE, **(notes or {})})
-
-
-def shipped_path() -> Path:
-    return Path(str(resources.files(__package__) / SHIPPED))
+    """The head as a file of weights; `notes` go to its header too."""
+    return packed(head, ARCHITECTURE, notes)
 
 
 def load(path: Path | str = "") -> ElevationHead:
@@ -152,22 +143,7 @@ def load(path: Path | str = "") -> ElevationHead:
     Raises:
         GuidanceError: There is no such file, it is damaged, or it is for another architecture.
     """
-    path = Path(path) if path else shipped_path()
-    if not path.is_file():
-        raise GuidanceError(f"the elevation weights are missing at {path}: reinstall the package or name a file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get("architecture", "no architecture")
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise GuidanceError(f"the elevation weights {path} cannot be read ({error}): get the file again") from None
-    if found != ARCHITECTURE:
-        raise GuidanceError(f"the weights {path} are for {found}, this version needs {ARCHITECTURE}")
+    path = Path(path) if path else shipped_path(ELEVATION)
+    _, tensors = read(path, ARCHITECTURE)
     head = ElevationHead(max(tensors["center"].numel() if "center" in tensors else 0, 1))
-    expected = {name: value.shape for name, value in head.state_dict().items()}
-    if {name: value.shape for name, value in tensors.items()} != expected:
-        raise GuidanceError(f"the weights {path} do not fit {ARCHITECTURE}: get the file again")
-    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        raise GuidanceError(f"the weights {path} hold numbers that are not finite: the file is damaged, get it again")
-    head.load_state_dict(tensors)
-    return head.requires_grad_(False).eval()
+    return filled(head, tensors, path)

@@ -1,52 +1,60 @@
-"""Reading and writing the network's weights: fp16 safetensors whose header says which architecture they fit."""
+"""Reading and writing the weights that ship: fp16 safetensors whose header says which architecture they fit."""
 
 from __future__ import annotations
 
 import json
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor, nn
 
 from ...errors import GuidanceError
 from .unet import ARCHITECTURE, ViewPrior
 
-SHIPPED = "prior.safetensors"
+PRIOR, ELEVATION = "prior.safetensors", "elevation.safetensors"
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def to_bytes(net: ViewPrior, widths: tuple[int, int, int], notes: dict[str, str] | None = None) -> bytes:
-    """The weights as a safetensors file; `notes` go to its header too."""
+def shipped_path(name: str = PRIOR) -> Path:
+    return Path(str(resources.files(__package__) / name))
+
+
+def packed(net: nn.Module, architecture: str, notes: dict[str, str] | None = None) -> bytes:
+    """A network as a safetensors file; `notes` go to its header too."""
     tensors = {name: value.detach().half().cpu().contiguous() for name, value in net.state_dict().items()}
-    return save(tensors, {"architecture": ARCHITECTURE, "widths": json.dumps(widths), **(notes or {})})
+    return save(tensors, {"architecture": architecture, **(notes or {})})
 
 
-def shipped_path() -> Path:
-    return Path(str(resources.files(__package__) / SHIPPED))
-
-
-def load(path: Path | str = "") -> ViewPrior:
-    """The network with weights from a file, on the CPU in fp32; the shipped ones when no path is given.
+def read(path: Path, architecture: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors, in fp32, of a file for this architecture.
 
     Raises:
         GuidanceError: There is no such file, it is damaged, or it is for another architecture.
     """
-    path = Path(path) if path else shipped_path()
     if not path.is_file():
-        raise GuidanceError(f"the embedded prior's weights are missing at {path}: reinstall the package or name a file")
+        raise GuidanceError(f"weights for {architecture} are missing at {path}: reinstall the package or name a file")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise GuidanceError(
-            f"the prior's weights {path} cannot be read ({error}): the file is damaged, get it again"
-        ) from None
+        raise GuidanceError(f"the weights {path} cannot be read ({error}): the file is damaged, get it again") from None
     found = header.get("architecture", "no architecture")
-    if found != ARCHITECTURE:
-        raise GuidanceError(f"the weights {path} are for {found}, this version needs {ARCHITECTURE}")
-    net = ViewPrior(_widths(header, path))
+    if found != architecture:
+        raise GuidanceError(f"the weights {path} are for {found}, this version needs {architecture}")
+    return header, tensors
+
+
+def filled(net: Network, tensors: dict[str, Tensor], path: Path) -> Network:
+    """The network with the tensors of a file, ready for use.
+
+    Raises:
+        GuidanceError: They do not fit it, or are not finite.
+    """
     expected = {name: value.shape for name, value in net.state_dict().items()}
     wrong = sorted(
         name for name in expected.keys() | tensors.keys()
@@ -54,13 +62,29 @@ def load(path: Path | str = "") -> ViewPrior:
     )  # fmt: skip
     if wrong:
         raise GuidanceError(
-            f"the weights {path} do not fit {ARCHITECTURE}: {len(wrong)} tensors are missing, unknown or of another shape "
-            f"(the first is {wrong[0]}): get the file again"
+            f"the weights {path} do not fit their architecture: {len(wrong)} tensors are missing, unknown or of another "
+            f"shape (the first is {wrong[0]}): get the file again"
         )
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise GuidanceError(f"the weights {path} hold numbers that are not finite: the file is damaged, get it again")
     net.load_state_dict(tensors)
     return net.requires_grad_(False).eval()
+
+
+def to_bytes(net: ViewPrior, widths: tuple[int, int, int], notes: dict[str, str] | None = None) -> bytes:
+    """The prior's weights as a file; `notes` go to its header too."""
+    return packed(net, ARCHITECTURE, {"widths": json.dumps(widths), **(notes or {})})
+
+
+def load(path: Path | str = "") -> ViewPrior:
+    """The prior's network with weights from a file, on the CPU in fp32; the shipped ones when no path is given.
+
+    Raises:
+        GuidanceError: There is no such file, it is damaged, or it is for another architecture.
+    """
+    path = Path(path) if path else shipped_path()
+    header, tensors = read(path, ARCHITECTURE)
+    return filled(ViewPrior(_widths(header, path)), tensors, path)
 
 
 def _widths(header: dict[str, str], path: Path) -> tuple[int, int, int]:
