@@ -187,9 +187,10 @@ def test_the_loss_weight_is_clipped_signal_to_noise():
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():
-    assert train.learning_rate(0, 0.0) < train.learning_rate(100, 0.1) < train.learning_rate(10_000, 0.3)
-    assert train.learning_rate(10_000, 0.3) == train.PEAK_RATE
-    assert train.learning_rate(10_000, 1.0) == 0
+    rates = [train.learning_rate(step, part, 3e-4, 0.4) for step, part in ((0, 0.0), (100, 0.1), (9000, 0.3))]
+    assert rates[0] < rates[1] < rates[2] == 3e-4
+    assert train.learning_rate(9000, 0.7, 3e-4, 0.4) == pytest.approx(1.5e-4)
+    assert train.learning_rate(10_000, 1.0, 3e-4, 0.4) == 0
 
 
 @pytest.fixture(scope="module")

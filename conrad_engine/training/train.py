@@ -31,7 +31,7 @@ from .batches import Batch, ViewStore
 from .sheets import write_sheet
 
 WIDTHS = (128, 224, 224)
-PEAK_RATE, WARMUP_STEPS, DECAY_FROM = 5e-4, 400, 0.45
+WARMUP_STEPS = 400
 EMA_DECAY = 0.9995
 MAX_NORM = 1.0
 P_FINISHED = 0.4
@@ -107,9 +107,10 @@ def loss_weights(t: Tensor) -> Tensor:
     return (5 * (t * (torch.pi / 2)).sin().square()).clamp(max=1)
 
 
-def learning_rate(step: int, progress: float) -> float:
-    decay = 1.0 if progress < DECAY_FROM else max(0.0, (1 - progress) / (1 - DECAY_FROM))
-    return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+def learning_rate(step: int, progress: float, peak: float, decay_from: float) -> float:
+    """Warmed up, held at `peak`, then falling linearly to 0 from the part `decay_from` of the planned time on."""
+    decay = 1.0 if progress < decay_from else max(0.0, (1 - progress) / (1 - decay_from))
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
 
 @torch.no_grad()
@@ -247,20 +248,21 @@ class Trainer:
         mark, next_save = (start, self.step), start + 60
         while progress < 1:
             errors.append(self.backward(views))
-            norms.append(self.update(learning_rate(self.step, progress)))
+            rate = learning_rate(self.step, progress, options.peak_rate, options.decay_from)
+            norms.append(self.update(rate))
             if self.step % CLOCK_STEPS == 0 or options.smoke:
                 torch.stack(errors[-1:]).sum().item()  # waits for the device, so that the clock is honest
                 self.trained_s = before + time.time() - start
                 progress = self.workers.agree(self.trained_s / (before + budget))
             if self.step % LOG_STEPS == 0 or options.smoke:
                 mean, now = torch.stack(errors).mean(0), time.time()
-                rate = (self.step - mark[1]) * 31 * options.unit * self.workers.count / (now - mark[0])
-                shown = {"step": self.step, "trained_s": round(self.trained_s, 1), "targets_per_s": round(rate)}
+                speed = (self.step - mark[1]) * 31 * options.unit * self.workers.count / (now - mark[0])
+                shown = {"step": self.step, "trained_s": round(self.trained_s, 1), "targets_per_s": round(speed)}
                 shown |= {
                     "loss": [round(x, 5) for x in mean.tolist()],
                     "norm": round(float(torch.stack(norms).mean()), 3),
                 }
-                shown |= {"rate": round(learning_rate(self.step, progress), 6), "rounds": len(views.rounds)}
+                shown |= {"rate": round(rate, 6), "rounds": len(views.rounds)}
                 self.note(shown | {"bad": int(self.n_bad)})
                 mark, errors, norms = (now, self.step), [], []
             if self.workers.rank == 0:
@@ -301,7 +303,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--export", type=Path, required=True, help="folder of weights, log and samples")
     parser.add_argument("--plan", type=float, required=True, help="seconds of training, all calls together")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="unix time at which this call is over")
-    parser.add_argument("--init", default="", help="weights to start from")
+    parser.add_argument("--init", default="", help="weights to start from; take a lower peak rate then")
+    parser.add_argument("--peak-rate", type=float, default=5e-4, help="largest learning rate")
+    parser.add_argument("--decay-from", type=float, default=0.45, help="part of the plan after which the rate falls")
     parser.add_argument("--unit", type=int, default=16, help="31 targets and 7 references a step and process")
     parser.add_argument("--most-rounds", type=int, default=24, help="rounds kept on the device, 1.8 GB each")
     parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS)
