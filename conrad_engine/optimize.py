@@ -104,7 +104,7 @@ def _check_skipped(state: State, n_before: int) -> int:
 
 def _shrink(state: State, train_step: TrainStep, ranks: Ranks) -> None:
     """Go on with fewer views a step after the device ran out of memory; at one view, without a captured step's memory."""
-    state.adam.zero_grad(set_to_none=True)
+    state.adam.zero_grad()
     train_step.graphed.reset()
     torch.cuda.empty_cache()
     if ranks.count > 1:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .adam import Adam
 from .config import PipelineConfig
 from .constraint import ConstrainedField, ReferenceView
 from .fields.dense_volume import DenseVolume
@@ -25,7 +26,7 @@ class State:
     field: DenseVolume | HashField
     constrained: ConstrainedField
     occupancy: OccupancyGrid
-    adam: torch.optim.Adam
+    adam: Adam
     skipped: Int[Tensor, "2"]
     """Steps that were not taken because of non-finite values: in all, and in a row up to now. Counted on the device."""
     step: int = 0
@@ -61,7 +62,7 @@ class State:
     def load(self, data: dict) -> None:
         """Take over a checkpoint's content; shapes must fit."""
         self.field.load_state_dict(data["field"])
-        load_adam(self.adam, data["adam"])
+        self.adam.load_state_dict(data["adam"])
         self.occupancy.load_state_dict(data["occupancy"])
         for view, surface in zip(self.constrained.views, data["surfaces"], strict=True):
             view.surface.copy_(surface)
@@ -80,35 +81,9 @@ def make_state(
     # A cell is empty when one sample step through it is nearly clear.
     threshold = config.render.occupancy_threshold * config.render.n_samples / diagonal
     occupancy = OccupancyGrid(field_.aabb, config.render.occupancy_resolution, threshold)
-    adam = make_adam(field_.parameter_groups(config.optimize), device)
+    adam = Adam(field_.parameter_groups(config.optimize), betas=(0.9, 0.95), eps=1e-10)
     skipped = torch.zeros(2, dtype=torch.int64, device=device)
     return State(field_, constrained, occupancy, adam, skipped, n_views=config.optimize.n_views)
-
-
-def make_adam(groups: list[dict], device: torch.device) -> torch.optim.Adam:
-    """The optimiser; on CUDA its learning rates are tensors, so that a captured step follows when they change."""
-    on_gpu = device.type == "cuda"
-    groups = [group | {"initial_lr": group["lr"]} for group in groups]
-    adam = torch.optim.Adam(
-        groups, betas=(0.9, 0.95), eps=1e-10, fused=device.type in ("cuda", "cpu"), capturable=on_gpu
-    )
-    if on_gpu:
-        for group in adam.param_groups:
-            group["lr"] = torch.tensor(group["lr"], device=device)
-    return adam
-
-
-def load_adam(adam: torch.optim.Adam, data: dict) -> None:
-    """Take over moments and step counts, also from another kind of device; settings stay this optimiser's own."""
-    own = [{name: value for name, value in group.items() if name != "params"} for group in adam.param_groups]
-    adam.load_state_dict(data)
-    for group, settings in zip(adam.param_groups, own):
-        group.update(settings)
-        for parameter in group["params"]:
-            moments = adam.state.get(parameter, {})
-            if "step" in moments:
-                on_device = group["fused"] or group["capturable"]
-                moments["step"] = moments["step"].float().to(parameter.device if on_device else "cpu")
 
 
 def n_total_steps(config: PipelineConfig) -> int:

@@ -179,7 +179,7 @@ class TrainStep:
         if not self._is_prepared:
             state.field.prepare()
         self._is_prepared = False
-        state.adam.zero_grad(set_to_none=True)
+        state.adam.zero_grad()
         terms = self._reference_terms(drawn)
         name, rendering, term = self._fit(*drawn.views) if self.is_fit else self._distilled(*drawn.views)
         terms[name] = term
@@ -303,11 +303,6 @@ def take_step(state: State, loss: Tensor) -> None:
     """Let Adam take the step, unless the loss or a gradient is not finite: then nothing changes, and the step is counted."""
     gradients = [p.grad for p in state.field.parameters() if p.grad is not None]
     is_bad = ~torch.stack([loss.isfinite(), *(g.isfinite().all() for g in gradients)]).all()
-    if state.adam.defaults["fused"]:
-        # The fused optimiser leaves everything as it is when told so: on the device, as a gradient scaler tells it.
-        state.adam.found_inf = is_bad.float()
-        state.adam.step()
-    elif not is_bad:
-        state.adam.step()
+    state.adam.step(is_bad)
     state.skipped[0].add_(is_bad)
     state.skipped[1].add_(1).mul_(is_bad)

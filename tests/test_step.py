@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from conrad_engine import step as steps
+from conrad_engine.adam import Adam
 from conrad_engine.config import EmbeddedPriorConfig
 from conrad_engine.fields.radiance_field import make_field
 from conrad_engine.graphs import GraphedStep, cloned, flat
 from conrad_engine.guidance.embedded.prior import EmbeddedPrior
 from conrad_engine.guidance.interfaces import GuidanceResult, ReferencePicture, SplitGuidance
 from conrad_engine.rendering.renderer import render_picture, render_rays
-from conrad_engine.state import load_adam, make_adam, make_state, n_total_steps
+from conrad_engine.state import make_state, n_total_steps
 from conrad_engine.step import TrainStep, take_step
 from conrad_engine.warm_start import ring_cameras
 
@@ -229,7 +230,7 @@ def test_a_bad_step_changes_nothing_and_is_counted_in_a_row():
             parameter.grad = torch.ones_like(parameter)
         parameters[1].grad[0, 0, 0, 0, 0] = math.inf if is_bad else 1.0
         before = [p.detach().clone() for p in parameters]
-        n_taken = float(state.adam.state[parameters[0]].get("step", 0.0))
+        n_taken = float(state.adam.state[parameters[0]]["step"])
         take_step(state, torch.tensor(1.0))
         assert all(torch.equal(a, b) for a, b in zip(before, parameters)) == is_bad
         assert float(state.adam.state[parameters[0]]["step"]) == n_taken + (not is_bad)
@@ -238,23 +239,29 @@ def test_a_bad_step_changes_nothing_and_is_counted_in_a_row():
     assert state.n_skipped == 3, "a loss that is not finite counts, too"
 
 
-def test_adam_takes_over_moments_but_keeps_its_own_settings():
-    def made(fused):
-        weights = torch.ones(3).requires_grad_()
-        adam = make_adam([{"params": [weights], "lr": 0.5}], CPU)
-        adam.param_groups[0]["fused"] = fused
-        weights.grad = torch.ones(3)
+def test_adam_is_torchs_own_and_takes_over_its_state():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(5).requires_grad_(), torch.zeros(5).requires_grad_()
+    with torch.no_grad():
+        theirs.copy_(ours)
+    adam = Adam([{"params": [ours], "lr": 0.5}], betas=(0.9, 0.95), eps=1e-10)
+    reference = torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.95), eps=1e-10)
+    adam.param_groups[0]["lr"] = 0.1
+    for _ in range(3):
+        ours.grad = torch.randn(5)
+        theirs.grad = ours.grad.clone()
         adam.step()
-        return weights, adam
-
-    (_, old), (weights, new) = made(False), made(True)
-    data = old.state_dict()
-    data["param_groups"][0] |= {"lr": torch.tensor(0.1), "capturable": True}
-    load_adam(new, data)
-    group = new.param_groups[0]
-    assert (group["fused"], group["capturable"], group["lr"], group["initial_lr"]) == (True, False, 0.5, 0.5)
-    new.step()
-    assert float(new.state[weights]["step"]) == 2
+        reference.step()
+        torch.testing.assert_close(ours, theirs)
+    other = ours.detach().clone().requires_grad_()
+    resumed = Adam([{"params": [other], "lr": 0.1}], betas=(0.9, 0.95), eps=1e-10)
+    resumed.load_state_dict(reference.state_dict())
+    resumed.load_state_dict(resumed.state_dict())
+    other.grad, theirs.grad = ours.grad, ours.grad.clone()
+    resumed.step()
+    reference.step()
+    torch.testing.assert_close(other, theirs)
+    assert float(resumed.state[other]["step"]) == 4
 
 
 def embedded_step(device: torch.device, capture: str, **settings) -> TrainStep:

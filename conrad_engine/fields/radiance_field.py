@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..adam import Adam
 from ..config import FieldConfig, OptimizeConfig
 from .dense_volume import EMPTY_RAW, DenseVolume
 from .hash_grid import HashGrid
@@ -84,7 +85,7 @@ class HashField(nn.Module):
         self.is_from_shape = True
         self.encoding.active_levels = self.config.n_levels
         grid = signed_distances.permute(2, 1, 0)[None, None].to(self.aabb)
-        optimizer = torch.optim.Adam(self.parameters(), lr=5e-3)
+        optimizer = Adam([{"params": self.parameters(), "lr": 5e-3}], betas=(0.9, 0.999), eps=1e-8)
         for _ in range(N_INITIAL_FIT_STEPS):
             unit = torch.rand(8192, 3, device=self.aabb.device)
             wanted = F.grid_sample(grid, (unit * 2 - 1)[None, None, None], align_corners=False)[0, 0, 0, 0]
