@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -238,9 +239,7 @@ def write_pictures(
     data = SheetData(
         picture=prepared.original[window].astype(np.float32) / 255,
         mask=prepared.mask[window],
-        views=[
-            render_mesh(mesh, camera, supersample=2) for camera in sheet_cameras(mesh.vertices, start_deg=start_deg)
-        ],
+        views=_rendered(mesh, sheet_cameras(mesh.vertices, start_deg=start_deg), 2),
         field_view=field_view,
         mesh_view=render_mesh(mesh, world_view, supersample=2),
         depth=(field_picture.depths * (field_picture.opacities > 0.5)).cpu().numpy(),
@@ -260,7 +259,13 @@ def write_pictures(
     if config.turntable_frames:
         n_frames, size = config.turntable_frames, config.turntable_size
         cameras = turntable_cameras(mesh.vertices, n_frames, size, start_deg=start_deg)
-        write_turntable([render_mesh(mesh, camera, supersample=1) for camera in cameras], folder / "turntable.gif")
+        write_turntable(_rendered(mesh, cameras, 1), folder / "turntable.gif")
+
+
+def _rendered(mesh: TexturedMesh, cameras: list[Camera], supersample: int) -> list[np.ndarray]:
+    """Views of the mesh, drawn side by side: numpy lets other threads run."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return list(threads.map(lambda camera: render_mesh(mesh, camera, supersample), cameras))
 
 
 def _window(whole: Camera, part: Camera) -> tuple[slice, slice]:

@@ -106,6 +106,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
     config, started = job.config, time.monotonic()
     device = resolve_device(config.device)
     n_threads = set_threads(config.threads)
+    torch.set_float32_matmul_precision("high")  # the field's networks on a GPU's tensor cores
     with _log_file(folder):
         log.info("ConRad engine %s on %s with %d threads, preset %s", __version__, device, n_threads, config.preset)
         monitor.progress(Progress("prepare", 0, 1))

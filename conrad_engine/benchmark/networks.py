@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import EmbeddedPriorConfig
 from ..errors import MissingDependency
 from ..guidance.embedded.sampling import ConditionedPrior
-from ..guidance.embedded.unet import Reference, ViewPrior
+from ..guidance.embedded.unet import Reference, ViewPrior, in_precision
 from ..guidance.embedded.weights import load, shipped_path
 
 LATENT_SCALE = 0.18215
@@ -130,7 +130,7 @@ def embedded_prior(device: torch.device, dtype: torch.dtype) -> tuple[Conditione
             # Layers that training starts at zero would let everything after them work on zeros.
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
-    net = net.to(device).to(memory_format=torch.channels_last)
+    net = in_precision(net, dtype).to(device).to(memory_format=torch.channels_last)
     one = torch.ones(1, device=device)
     camera = torch.tensor([[0.0, 0.2, 2.5, math.tan(0.3)]], device=device)
     facts = Reference(camera, one, one, 0 * one, 0 * one)

@@ -47,13 +47,16 @@ from .report import EXPECTED_ERRORS, Report, Row, Timing
 
 def run(report: Report, ceilings: Ceilings, compiles: bool = False) -> None:
     """All steps; `compiles` compiles the latent models' networks, which takes minutes."""
-    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # as a job does
     torch.manual_seed(0)
     _loop(report)
+    torch.backends.cudnn.benchmark = True  # as a job with a latent model does
     _embedded(report)
     for model in (SD21,) if report.device.type == "cpu" else (SD21, ZERO123):
         try:
             _latent_loop(report, ceilings, model)
+            if compiles:
+                _latent_loop(report, ceilings, model, compiles)
             _latent(report, ceilings, model, compiles)
         except EXPECTED_ERRORS as error:
             report.fail(model.name, error)
@@ -244,6 +247,7 @@ class RandomLatentPrior:
         vae: torch.nn.Module,
         inputs: tuple[Tensor, Tensor, Tensor],
         picture_size: int,
+        compiles: bool = False,
     ) -> None:
         """Changes the networks into their fast forms."""
         self.picture_size, device = picture_size, inputs[2].device
@@ -252,8 +256,8 @@ class RandomLatentPrior:
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2
         schedule = NoiseSchedule(torch.cumprod(1 - betas, 0), "epsilon")
         config = StableDiffusionConfig() if self._beside is None else Zero123Config()
-        space = LatentSpace(vae, device)
-        network = on_device(unet, device)
+        space = LatentSpace(vae, device, compiles)
+        network = on_device(unet, device, compiles)
         self._distiller = Distiller(space, schedule, network, self._denoiser, config, PLANS[0], picture_size)
 
     def set_reference(self, reference: ReferencePicture) -> None:
@@ -278,7 +282,7 @@ class RandomLatentPrior:
         return self.distill(rgba, cameras, self.draw(len(rgba), progress, generator))
 
 
-def _latent_loop(report: Report, ceilings: Ceilings, model: LatentModel) -> None:
+def _latent_loop(report: Report, ceilings: Ceilings, model: LatentModel, compiles: bool = False) -> None:
     """`step.TrainStep` with a latent model, hash grid, constraint and losses: the step that a job takes."""
     device, dtype, small = report.device, half(report.device), report.is_small
     picture_size = 64 if small else model.picture_size
@@ -291,9 +295,10 @@ def _latent_loop(report: Report, ceilings: Ceilings, model: LatentModel) -> None
         f"step.TrainStep, hash grid, {rays} samples a view, constraint and losses; where the whole is not captured, the "
         "guidance captures itself; floor: UNet and autoencoder",
     )
-    prior = RandomLatentPrior(model, unet, vae, inputs, picture_size)
+    prior = RandomLatentPrior(model, unet, vae, inputs, picture_size, compiles)
     floor_ms = ceilings.floor_ms(flop=flop, dtype=dtype)
-    _job_steps(report, model.name, latent_job(model, small), lambda: prior, floor_ms)
+    name = f"{model.name}, compiled" if compiles else model.name
+    _job_steps(report, name, latent_job(model, small), lambda: prior, floor_ms)
 
 
 def latent_job(model: LatentModel, is_small: bool) -> PipelineConfig:

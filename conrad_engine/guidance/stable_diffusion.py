@@ -58,7 +58,7 @@ class StableDiffusionGuidance:
         self.is_xl = is_xl(folder)
         space = load_latent_space(folder, weights, device)
         self.pipeline = _make_pipeline(folder, config, weights, space.vae, plan.keeps_encoders)
-        unet = on_device(self.pipeline.unet, device)
+        unet = on_device(self.pipeline.unet, device, weights.compile)
         if plan.keeps_encoders:
             self.pipeline.to(device)
         self.picture_size = config.picture_size or int(unet.config.sample_size) * space.factor

@@ -107,7 +107,7 @@ class Zero123Guidance:
                 f"the network of {config.model} takes {unet.config.in_channels} channels, Zero123's takes 8: this is another "
                 "kind of model"
             )
-        unet = on_device(unet, device)
+        unet = on_device(unet, device, weights.compile)
         encoder_dtype = self.dtype if plan.keeps_encoders else torch.float32
         encoder = load_component(folder, "image_encoder", CLIPVisionModelWithProjection, encoder_dtype, weights)
         self.image_encoder = encoder.to(device if plan.keeps_encoders else "cpu")

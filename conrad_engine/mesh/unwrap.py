@@ -12,7 +12,7 @@ from ..config import MeshConfig
 from ..errors import MeshError
 from .mesh import Mesh, vertex_normals
 
-MIN_CHARTS = 40
+MIN_CHARTS = 80
 """No chart takes more than this part of the surface."""
 
 

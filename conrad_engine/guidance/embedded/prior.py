@@ -16,7 +16,7 @@ from ...config import REFERENCE_EXTENT, EmbeddedPriorConfig
 from ...errors import GuidanceError
 from ..interfaces import GuidanceResult, ReferencePicture
 from .sampling import ConditionedPrior
-from .unet import Reference, alpha_sigma
+from .unet import Reference, alpha_sigma, in_precision
 from .weights import load
 
 
@@ -59,9 +59,9 @@ class EmbeddedPrior:
         if config.precision != "auto" and config.precision not in precisions:
             raise GuidanceError(f"unknown precision {config.precision!r}: use auto, float32 or bfloat16")
         self.config, self.device = config, torch.device(device)
-        self.net = load(config.weights).to(self.device).to(memory_format=torch.channels_last)
-        self.picture_size = self.net.size
         dtype = precisions.get(config.precision) or fast_precision(self.device)
+        self.net = in_precision(load(config.weights), dtype).to(self.device).to(memory_format=torch.channels_last)
+        self.picture_size = self.net.size
         self._cast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self._conditioned: ConditionedPrior | None = None
         self._base_azimuth_rad = 0.0

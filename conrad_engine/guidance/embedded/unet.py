@@ -132,15 +132,14 @@ def conditions(cameras: Float[Tensor, "b 4"], reference: Reference, is_reference
 
 
 class RootMeanSquare(nn.Module):
-    """RMS norm of the last axis, by hand: `nn.RMSNorm` runs unfused and warns where weight and input differ in type."""
+    """RMS norm of the last axis in float32: `nn.RMSNorm` runs unfused and warns where weight and input differ in type."""
 
     def __init__(self, n_channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight.float()).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6).to(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -308,3 +307,11 @@ class ViewPrior(nn.Module):
         self, noisy: Tensor, t: Tensor, cameras: Tensor, picture: Tensor, reference: Reference, layout: Layout
     ) -> Tensor:
         return self.denoise(noisy, t, cameras, reference, self.encode(picture, reference), layout)
+
+
+def in_precision(net: ViewPrior, dtype: torch.dtype) -> ViewPrior:
+    """The network for use without training: matrices and kernels in the type that autocast would give them at each call."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+    return net
