@@ -89,7 +89,7 @@ def prior_guesses(
     """
     size, n_targets = prior.net.size, len(targets) // prior.n_references
     small = F.interpolate(targets, size=(size, size), mode="area") * 2 - 1
-    t = (0.4 + 0.55 * torch.rand(prior.n_references, device=targets.device)).repeat_interleave(n_targets)
+    t = (0.4 + 0.58 * torch.rand(prior.n_references, device=targets.device)).repeat_interleave(n_targets)
     alpha, sigma = alpha_sigma(t)
     noisy = alpha * small + sigma * torch.randn_like(small)
     clean = (prior.denoised(noisy, t, cameras, PRIOR_SCALE, is_joint=True) + 1) / 2

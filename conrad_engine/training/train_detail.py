@@ -41,14 +41,16 @@ from ..guidance.embedded.sampling import ConditionedPrior, channels_last
 from ..guidance.embedded.unet import Group, Reference, ViewPrior, alpha_sigma
 from ..guidance.embedded.weights import load as load_prior
 from .batches import ViewStore
-from .degrade import prior_guesses, random_finals, textured
+from .degrade import prior_guesses, random_finals, textured, warped
 from .descent import Descent
 from .sheets import write_sheet
 from .train import learning_rate, loss_weights, stratified, write_atomically
 
 EMA_DECAY = 0.999
-BLUR_RANGE_PX, PRIOR_BLUR_RANGE_PX = (0.7, 5.0), (0.3, 2.0)
+BLUR_RANGE_PX, PRIOR_BLUR_RANGE_PX = (1.0, 9.0), (0.5, 4.0)
 """Widths of the blur at 128 px, of true views and of what the prior makes of them."""
+P_BENT, MOST_BENT_PX = 0.5, 4.0
+"""Targets bent as meshes are whose shape is a guess, and by how much, pixels at 128 px."""
 ELEVATION_NOISE_RAD = 0.07
 """Standard deviation of how wrong the elevation of a reference is taken to be; the product often guesses it."""
 N_VAL_STEPS = 8
@@ -70,6 +72,13 @@ class DetailBatch(NamedTuple):
     is_present: Float[Tensor, " r"]
 
 
+def bent(targets: Float[Tensor, "b 4 h h"]) -> Float[Tensor, "b 4 h h"]:
+    """Some of the targets with wobbly outlines, their detail as sharp as before; premultiplied in [0, 1]."""
+    chance = torch.rand(len(targets), 1, 1, 1, device=targets.device)
+    amplitude = chance / P_BENT * MOST_BENT_PX * targets.shape[-1] / 128
+    return torch.where(chance < P_BENT, warped(targets, amplitude), targets)
+
+
 class Degrader:
     """Makes batches out of rendered views."""
 
@@ -81,6 +90,8 @@ class Degrader:
         """A random batch; of the first `part_prior` of the references the prior tells the colors."""
         clean = store.batch((Group(n_references, self.n_targets, False),), is_training)
         targets = (clean.targets + 1) / 2
+        if is_training:
+            targets = bent(targets)
         alpha, finals = targets[:, 3:], random_finals(clean.cameras, targets.shape[-1])
         n = round(part_prior * n_references)
         split = n * self.n_targets
@@ -99,7 +110,7 @@ class Degrader:
         if is_training:
             references[:, 1] += ELEVATION_NOISE_RAD * torch.randn_like(references[:, 1])
         return DetailBatch(
-            clean.targets, channels_last(views), clean.cameras, clean.picture, references, clean.reference.is_present
+            channels_last(targets * 2 - 1), channels_last(views), clean.cameras, clean.picture, references, clean.reference.is_present
         )
 
 
