@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "preprocess": {"cameras", "model_files", "known_models"},
     "elevation": {"guidance", "preprocess"},
     "mesh": {"cameras"},
+    "redraw": {"cameras", "guidance", "mesh"},
     "state": {"constraint", "fields", "rendering"},
     "warm_start": {"cameras", "constraint", "guidance", "state"},
     "ranks": set(),

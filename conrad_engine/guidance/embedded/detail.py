@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...cameras import Camera
+from ..interfaces import ReferencePicture
+from .prior import camera_rows, fast_precision, resized
 from .sampling import channels_last
 from .unet import Attention, Group, Layout, ResBlock, Tokens, alpha_sigma, ray_features, time_features
 from .unet import N_RAY_FEATURES as N_RAYS
@@ -227,3 +230,45 @@ def load(path: Path | str = "") -> DetailNet:
     path = Path(path) if path else shipped_path(DETAIL)
     header, tensors = read(path, ARCHITECTURE)
     return filled(DetailNet(stated_widths(header, path)), tensors, path)
+
+
+class DetailModel:
+    """The network with its weights, ready to redraw views of one reference picture."""
+
+    def __init__(self, device: torch.device, weights: Path | str = "") -> None:
+        """Load the weights, the shipped ones when no path is given.
+
+        Raises:
+            GuidanceError: They are missing, damaged or of another architecture.
+        """
+        self.device = device
+        self.net = load(weights).to(device).to(memory_format=torch.channels_last)
+        dtype = fast_precision(device)
+        self._cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def set_reference(self, reference: ReferencePicture) -> None:
+        """Take the picture to condition on; its camera looks at the origin of the object frame."""
+        picture = resized(reference.rgba.to(self.device, torch.float32)[None], PICTURE_SIZE) * 2 - 1
+        rows = camera_rows(reference.camera.to(self.device))[None]
+        self._base_azimuth_rad = float(rows[0, 0])
+        rows = rows * torch.tensor([0.0, 1, 1, 1], device=self.device)
+        self._conditioned = ConditionedDetail(self.net, picture, rows, self._cast)
+
+    def redraw(
+        self,
+        rgba: Float[Tensor, "4 size size"],
+        final: Float[Tensor, "1 size size"],
+        camera: Camera,
+        n_steps: int,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "4 size size"]:
+        """A view with detail.
+
+        Args:
+            rgba: The blurred view, premultiplied in [0, 1]; `PICTURE_SIZE` pixels a side are best.
+            final: 1 where its color stays.
+            camera: Square camera that looks at the middle of the object, which is taken for the origin.
+        """
+        view = torch.cat([rgba * 2 - 1, final])[None].to(self.device, torch.float32)
+        rows = camera_rows(camera.to(self.device), self._base_azimuth_rad)[None]
+        return (self._conditioned.sample(view, rows, n_steps, generator)[0].cpu() + 1) / 2
