@@ -93,7 +93,9 @@ def redraw_texture(
         if not ((final == 0) & (rgba[..., 3] > 0)).any():
             continue
         view = torch.from_numpy(np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)).permute(2, 0, 1)
-        drawn = model.redraw(view.float(), torch.from_numpy(final).float()[None], camera, config.detail_steps, generator)
+        drawn = model.redraw(
+            view.float(), torch.from_numpy(final).float()[None], camera, config.detail_steps, generator
+        )
         canvas.paint(around, spread(drawn.permute(1, 2, 0).numpy()))
     return canvas.textured()
 

@@ -86,7 +86,9 @@ class Degrader:
         self.prior, self.cast, self.n_targets = prior, cast, n_targets
 
     @torch.no_grad()
-    def batch(self, store: ViewStore, n_references: int, part_prior: float = 0.5, is_training: bool = True) -> DetailBatch:
+    def batch(
+        self, store: ViewStore, n_references: int, part_prior: float = 0.5, is_training: bool = True
+    ) -> DetailBatch:
         """A random batch; of the first `part_prior` of the references the prior tells the colors."""
         clean = store.batch((Group(n_references, self.n_targets, False),), is_training)
         targets = (clean.targets + 1) / 2
@@ -110,7 +112,12 @@ class Degrader:
         if is_training:
             references[:, 1] += ELEVATION_NOISE_RAD * torch.randn_like(references[:, 1])
         return DetailBatch(
-            channels_last(targets * 2 - 1), channels_last(views), clean.cameras, clean.picture, references, clean.reference.is_present
+            channels_last(targets * 2 - 1),
+            channels_last(views),
+            clean.cameras,
+            clean.picture,
+            references,
+            clean.reference.is_present,
         )
 
 
@@ -316,7 +323,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     options.export.mkdir(parents=True, exist_ok=True)

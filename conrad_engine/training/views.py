@@ -5,7 +5,8 @@
 
 A round r is `views_r.npy` (objects, groups, views, 64, 64, 4) 8-bit straight RGBA, `cameras_r.npy` (objects, groups, views,
 4) (azimuth relative to the reference, elevation, distance, tan of half the field of view), `sizes_r.npy` (objects, groups)
-and, once all is written, `done_r` (sizes and numbers as `Shape` says, here the prior's). `sources.npy` (objects,) indexes `SOURCES`. Objects that fail keep distances of 0.
+and, once all is written, `done_r`; options set other sizes and numbers. `sources.npy` (objects,) indexes `SOURCES`. Objects
+that fail keep distances of 0.
 
 A group is one object of one stretch, one light and one field of view in the product's object frame: view 0 is the reference,
 framed as the product frames a picture (its silhouette fills 80 % of a frame whose half side at the origin is 0.75); the other

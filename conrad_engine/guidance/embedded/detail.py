@@ -25,8 +25,8 @@ from ...cameras import Camera
 from ..interfaces import ReferencePicture
 from .prior import camera_rows, fast_precision, resized
 from .sampling import channels_last
-from .unet import Attention, Group, Layout, ResBlock, Tokens, alpha_sigma, ray_features, time_features
 from .unet import N_RAY_FEATURES as N_RAYS
+from .unet import Attention, Group, Layout, ResBlock, Tokens, alpha_sigma, ray_features, time_features
 from .weights import filled, packed, read, shipped_path, stated_widths
 
 ARCHITECTURE = "conrad-detail-1"
