@@ -511,14 +511,14 @@ PRESETS: dict[str, PipelineConfig] = {
         "draft",
         OptimizeConfig(warm_start_views=8, warm_start_sampling=12, warm_start_steps=80, n_steps=80, n_views=1),
         FieldConfig(resolution=64, coarsest=8),
-        MeshConfig(resolution=128, n_faces=20_000, texture_size=1024),
+        MeshConfig(resolution=128, n_faces=20_000, texture_size=1024, detail_views=5),
     ),
     "standard": PipelineConfig(),
     "fine": _preset(
         "fine",
         OptimizeConfig(warm_start_views=16, warm_start_sampling=32, warm_start_steps=250, n_steps=500, n_views=4),
         FieldConfig(resolution=128, coarsest=16),
-        MeshConfig(resolution=256, n_faces=100_000, texture_size=2048),
+        MeshConfig(resolution=256, n_faces=100_000, texture_size=2048, detail_views=14, detail_steps=12),
     ),
 }
 

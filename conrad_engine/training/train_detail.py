@@ -293,11 +293,18 @@ class Trainer(Descent):
 
 
 def compile_network(trainer: Trainer) -> None:
-    """Forward and backward once on empty pictures; done while the first views are still being rendered."""
+    """Forward and backward once on empty pictures; done while the first views are still being rendered.
+
+    Where the compiler fails, training goes on without it: slower, but a planned time is not lost.
+    """
     start, options = time.time(), trainer.options
     blank = ViewStore.blank(trainer.device, n_views=options.targets + 1, size=options.size)
-    for _ in range(2):
+    try:
         trainer.backward(blank)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        trainer.compiled = trainer.net
+        trainer.note({"event": "not compiled", "reason": str(error)[:500]})
+    trainer.backward(blank)
     trainer.note({"event": "compiled", "seconds": round(time.time() - start, 1)})
 
 
