@@ -466,12 +466,21 @@ class MeshConfig:
     """Texels grown around every chart."""
     project_only: bool = False
     """Puts the picture on the initial mesh as it is: nothing is optimised and no surface is extracted."""
+    detail_views: int = 10
+    """Views around the finished mesh whose blurred parts are redrawn with detail and painted on the texture, whatever the
+    guidance was; 0 leaves the texture as the field has it. Not with `project_only`, nor where the picture is only a loss."""
+    detail_steps: int = 8
+    """Denoising steps of each of these views."""
+    detail_weights: str = ""
+    """Path of other weights of the detail model; the shipped ones when empty."""
     turntable_frames: int = 36
     turntable_size: int = 256
 
     def __post_init__(self) -> None:
         _check(16 <= self.resolution <= 1024, f"mesh resolution must be between 16 and 1024, not {self.resolution}")
         _check(64 <= self.texture_size <= 8192, f"texture size must be between 64 and 8192, not {self.texture_size}")
+        _check(self.detail_views >= 0, f"mesh.detail_views must not be negative: {self.detail_views}")
+        _check(self.detail_steps >= 1, f"mesh.detail_steps must be at least 1, not {self.detail_steps}")
         _check(self.n_faces >= 100, f"the face budget must be at least 100, not {self.n_faces}")
 
 
@@ -505,14 +514,14 @@ PRESETS: dict[str, PipelineConfig] = {
         "draft",
         OptimizeConfig(warm_start_views=8, warm_start_sampling=12, warm_start_steps=80, n_steps=80, n_views=1),
         FieldConfig(resolution=64, coarsest=8),
-        MeshConfig(resolution=128, n_faces=20_000, texture_size=1024),
+        MeshConfig(resolution=128, n_faces=20_000, texture_size=1024, detail_views=5),
     ),
     "standard": PipelineConfig(),
     "fine": _preset(
         "fine",
         OptimizeConfig(warm_start_views=16, warm_start_sampling=32, warm_start_steps=250, n_steps=500, n_views=4),
         FieldConfig(resolution=128, coarsest=16),
-        MeshConfig(resolution=256, n_faces=100_000, texture_size=2048),
+        MeshConfig(resolution=256, n_faces=100_000, texture_size=2048, detail_views=14, detail_steps=12),
     ),
 }
 

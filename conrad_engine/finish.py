@@ -13,10 +13,12 @@ import torch
 from .cameras import Camera, CameraSetup, Similarity, orbit_angles
 from .config import MeshConfig, PipelineConfig
 from .constraint import ConstrainedField, ReferenceView
-from .errors import InputError
+from .errors import Cancelled, InputError
 from .evaluation import metrics as measure
 from .evaluation.geometry import topology
 from .files import write_json
+from .guidance.embedded.detail import DetailModel, is_shipped
+from .guidance.interfaces import ReferencePicture
 from .mesh.bake import Photo, bake_texture
 from .mesh.clean import clean_mesh
 from .mesh.extract import SurfaceView, extract_mesh
@@ -24,11 +26,12 @@ from .mesh.glb import write_glb, write_obj, write_ply, write_texture
 from .mesh.mesh import Mesh, TexturedMesh
 from .mesh.raster import render_mesh, render_with_depth
 from .mesh.unwrap import unwrap
-from .monitor import Monitor, Progress
+from .monitor import Command, Monitor, Progress
 from .optimize import State, memory_bytes
-from .preprocess.framing import Frame, final_similarity
+from .preprocess.framing import Frame, condition_picture, final_similarity
 from .preprocess.prepare import PreparedPicture
 from .preview import SheetData, make_sheet, sheet_cameras, turntable_cameras, write_turntable
+from .redraw import redraw_texture
 from .rendering.interfaces import Field
 from .rendering.renderer import Picture, render_picture
 
@@ -72,7 +75,7 @@ def finish(
         MeshError: The field has no surface.
         InputError: A file cannot be written.
     """
-    steps = ["surface", "texture", "files", "pictures"]
+    steps = ["surface", "texture", "detail", "files", "pictures"]
 
     def at(step: str) -> None:
         memory = memory_bytes(state.field.aabb.device)
@@ -82,6 +85,9 @@ def finish(
     mesh, level = surface_mesh(full, view, initial, config.mesh)
     at("texture")
     textured = texture_mesh(full, view, mesh, config.mesh)
+    if has_detail_stage(full, config.mesh):
+        at("detail")
+        textured = with_detail(textured, view, prepared, frame, config, state.field.aabb.device, monitor)
     to_world = final_similarity(frame, textured.vertices)
     setup = _world_setup(frame, to_world, textured.vertices)
     numbers = {
@@ -133,10 +139,46 @@ def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config
             return mean.expand(len(positions), 3)
         return surface_color(full, positions.to(full.aabb)).cpu()
 
-    photo = Photo(view.camera, view.rgb.permute(1, 2, 0).numpy(), view.mask[0].numpy())
     # Systems that know the picture only by a loss bake what their field has become; so does the comparison with them.
-    photos = [] if full.config.kind == "loss" and not config.project_only else [photo]
+    photos = [] if full.config.kind == "loss" and not config.project_only else [photo_of(view)]
     return bake_texture(unwrap(mesh, config), color, photos, config)
+
+
+def photo_of(view: ReferenceView) -> Photo:
+    return Photo(view.camera, view.rgb.permute(1, 2, 0).numpy(), view.mask[0].numpy())
+
+
+def has_detail_stage(full: ConstrainedField, config: MeshConfig) -> bool:
+    if config.project_only or full.config.kind == "loss":
+        return False
+    return config.detail_views > 0 and (bool(config.detail_weights) or is_shipped())
+
+
+def with_detail(
+    mesh: TexturedMesh,
+    view: ReferenceView,
+    prepared: PreparedPicture,
+    frame: Frame,
+    config: PipelineConfig,
+    device: torch.device,
+    monitor: Monitor,
+) -> TexturedMesh:
+    """The mesh in the object frame with detail drawn where the picture does not show it; see `redraw`.
+
+    Raises:
+        GuidanceError: The detail model's weights are missing or damaged.
+        Cancelled: The monitor asked for it.
+    """
+
+    def on_view(index: int, n_views: int) -> None:
+        monitor.progress(Progress("mesh", 2 + index, 4 + n_views, None, {}, memory_bytes(device)))
+        if monitor.command() is Command.CANCEL:
+            raise Cancelled("cancelled while detail was drawn")
+
+    picture = condition_picture(prepared.rgb, prepared.mask, frame)
+    reference = ReferencePicture(picture, frame.condition.to(dtype=torch.float32))
+    model = DetailModel(device, config.mesh.detail_weights)
+    return redraw_texture(mesh, [photo_of(view)], reference, config.mesh, model, config.seed, on_view)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "preprocess": {"cameras", "model_files", "known_models"},
     "elevation": {"guidance", "preprocess"},
     "mesh": {"cameras"},
+    "redraw": {"cameras", "guidance", "mesh"},
     "state": {"adam", "constraint", "fields", "rendering"},
     "warm_start": {"cameras", "constraint", "guidance", "state"},
     "ranks": set(),

@@ -47,7 +47,7 @@ class Photo:
 
 
 @dataclass(frozen=True)
-class _Texels:
+class Texels:
     """The texels that lie on the surface."""
 
     pixels: np.ndarray
@@ -69,16 +69,11 @@ def bake_texture(
     """
     size, whole = config.texture_size, mesh
     mesh = _subdivided(mesh)
-    texels = _texels(mesh, size)
+    texels = surface_texels(mesh, size)
     field = _field_colors(texels.positions, color)
-    photo, weight = _from_photos(mesh, texels.positions, texels.normals, photos, config, _texel_length(mesh, size))
+    photo, weight = seen_by_photos(mesh, texels.positions, texels.normals, photos, config, texel_length(mesh, size))
     base = field + _change_at_texels(mesh, texels, field, color, photos, config)
-    texture = np.zeros((size * size, 3), np.float32)
-    texture[texels.pixels] = weight[:, None] * photo + (1 - weight[:, None]) * base
-    covered = np.zeros(size * size, bool)
-    covered[texels.pixels] = True
-    texture = _padded(texture.reshape(size, size, 3), covered.reshape(size, size))
-    texture = (texture.clip(0, 1) * 255).round().astype(np.uint8)
+    texture = as_texture(weight[:, None] * photo + (1 - weight[:, None]) * base, texels, size)
     return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, texture)
 
 
@@ -110,7 +105,7 @@ def _field_colors(positions: np.ndarray, color: Callable[[Tensor], Tensor]) -> n
 
 def _change_at_texels(
     mesh: UnwrappedMesh,
-    texels: _Texels,
+    texels: Texels,
     field: np.ndarray,
     color: Callable[[Tensor], Tensor],
     photos: list[Photo],
@@ -119,7 +114,7 @@ def _change_at_texels(
     """What is added to the field's color at the texels (n, 3), so that it continues the photos; see `blend`."""
     corners = mesh.vertices[mesh.faces]
     spacing = float(np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=1)))
-    photo, seen = _from_photos(mesh, mesh.vertices, mesh.normals, photos, config, spacing)
+    photo, seen = seen_by_photos(mesh, mesh.vertices, mesh.normals, photos, config, spacing)
     if not seen.any():
         return np.zeros_like(field)
     own = _field_colors(mesh.vertices, color)
@@ -127,7 +122,7 @@ def _change_at_texels(
     streaks = np.zeros(len(own), bool)
     for view in photos:
         uv, z_depths = _project(view.camera, mesh.vertices)
-        streaks |= (np.abs(_sample(view.rgb, uv, 1.0) - own).max(1) < STREAK) & (z_depths > 0)
+        streaks |= (np.abs(sample_picture(view.rgb, uv, 1.0) - own).max(1) < STREAK) & (z_depths > 0)
     known = 1.0 - streaks
     colors = complete_colors(mesh.vertices, mesh.faces, photo, seen, own, known)
     # Vertices tell the smooth part; the field's finer detail stays where it is the field's own.
@@ -137,7 +132,7 @@ def _change_at_texels(
     return (at_texels[:, :3] + (at_texels[:, 3:] - 1) * field).astype(np.float32)
 
 
-def _texel_length(mesh: UnwrappedMesh, size: int) -> float:
+def texel_length(mesh: UnwrappedMesh, size: int) -> float:
     """Side of a texel on the surface, world units."""
     corners, charts = mesh.vertices[mesh.faces].astype(np.float64), mesh.uvs[mesh.faces].astype(np.float64) * size
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).sum()
@@ -145,7 +140,7 @@ def _texel_length(mesh: UnwrappedMesh, size: int) -> float:
     return float(np.sqrt(area / max(np.abs(ax * by - ay * bx).sum(), 1e-12)))
 
 
-def _texels(mesh: UnwrappedMesh, size: int) -> _Texels:
+def surface_texels(mesh: UnwrappedMesh, size: int) -> Texels:
     uv = np.stack([mesh.uvs[:, 0] * size, (1 - mesh.uvs[:, 1]) * size], 1).astype(np.float64)
     fragments = rasterize_projected(uv, np.ones(len(uv)), mesh.faces, size, size)
     pixels = np.flatnonzero(fragments.faces.ravel() >= 0)
@@ -156,10 +151,10 @@ def _texels(mesh: UnwrappedMesh, size: int) -> _Texels:
     a, b, c = (mesh.vertices[corners[:, k]] for k in range(3))
     normals = np.cross(b - a, c - a)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
-    return _Texels(pixels, positions.astype(np.float32), normals.astype(np.float32), faces, weights)
+    return Texels(pixels, positions.astype(np.float32), normals.astype(np.float32), faces, weights)
 
 
-def _from_photos(
+def seen_by_photos(
     mesh: UnwrappedMesh,
     positions: np.ndarray,
     normals: np.ndarray,
@@ -176,10 +171,10 @@ def _from_photos(
     colors = np.zeros((len(total), 3), np.float32)
     strongest = np.zeros_like(total)
     for photo in photos:
-        weight, uv = _visibility(mesh, positions, normals, photo, config)
+        weight, uv = visibility(mesh, positions, normals, photo, config)
         focal, distance = float(photo.camera.intrinsics[0]), float(photo.camera.positions.norm())
         share = weight**4 + 1e-12 * (weight > 0)  # the photo that faces a point best rules it
-        colors += share[:, None] * _sample(photo.rgb, uv, spacing * focal / distance)
+        colors += share[:, None] * sample_picture(photo.rgb, uv, spacing * focal / distance)
         total += share
         strongest = np.maximum(strongest, weight)
     return colors / np.maximum(total, 1e-20)[:, None], strongest
@@ -190,13 +185,18 @@ def _project(camera: Camera, positions: np.ndarray) -> tuple[np.ndarray, np.ndar
     return uv.numpy(), z_depths.numpy()
 
 
-def _visibility(
-    mesh: UnwrappedMesh, positions: np.ndarray, normals: np.ndarray, photo: Photo, config: MeshConfig
+def visibility(
+    mesh: UnwrappedMesh,
+    positions: np.ndarray,
+    normals: np.ndarray,
+    photo: Photo,
+    config: MeshConfig,
+    z_buffer: int = Z_BUFFER,
 ) -> tuple[np.ndarray, np.ndarray]:
     """How well a photo sees each surface point (n,), 0 to 1, and where it lies in the photo (n, 2), pixels."""
     camera = photo.camera.to("cpu", torch.float64)
     uv, z_depths = _project(camera, positions)
-    scale = Z_BUFFER / max(camera.width, camera.height)
+    scale = z_buffer / max(camera.width, camera.height)
     small = camera.resized(max(1, round(camera.width * scale)), max(1, round(camera.height * scale)))
     buffer = rasterize(mesh.vertices, mesh.faces, small).z_depths
     pixel = 1 / float(small.intrinsics[0])
@@ -215,7 +215,7 @@ def _visibility(
     # Beside an occluder the photo may show the occluder: the far side keeps away from the jump by a ramp.
     with np.errstate(invalid="ignore"):
         is_far_side = (buffer > 0) & (buffer - nearest > JUMP_PX * pixel * buffer)
-    band = max(1.0, config.band_px / 8 * Z_BUFFER / 512)
+    band = max(1.0, config.band_px / 8 * z_buffer / 512)
     clearance = distance_transform_edt(~is_far_side) if is_far_side.any() else np.full(buffer.shape, band)
     ramp = np.clip(clearance[row, column] / band, 0, 1)
     fade = np.clip((facing - config.facing_min) / FACING_BAND, 0, 1)
@@ -223,7 +223,7 @@ def _visibility(
     return weight.astype(np.float32), uv
 
 
-def _sample(rgb: np.ndarray, uv: np.ndarray, footprint: float) -> np.ndarray:
+def sample_picture(rgb: np.ndarray, uv: np.ndarray, footprint: float) -> np.ndarray:
     """The photo at pixel coordinates, averaged over the footprint first so that fine detail does not alias."""
     table = torch.from_numpy(np.ascontiguousarray(rgb, np.float32)).permute(2, 0, 1)[None]
     height, width = rgb.shape[:2]
@@ -236,7 +236,15 @@ def _sample(rgb: np.ndarray, uv: np.ndarray, footprint: float) -> np.ndarray:
     return found[0, :, 0].T.numpy()
 
 
-def _padded(texture: np.ndarray, covered: np.ndarray) -> np.ndarray:
+def as_texture(colors: Float[np.ndarray, "n 3"], texels: Texels, size: int) -> np.ndarray:
+    """The 8-bit texture (size, size, 3) of colors in [0, 1] of its texels."""
+    texture, covered = np.zeros((size * size, 3), np.float32), np.zeros(size * size, bool)
+    texture[texels.pixels], covered[texels.pixels] = colors, True
+    texture = padded(texture.reshape(size, size, 3), covered.reshape(size, size))
+    return (texture.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def padded(texture: np.ndarray, covered: np.ndarray) -> np.ndarray:
     """Every texel outside the charts takes the nearest chart's color: no seam at any mip level."""
     if covered.all() or not covered.any():
         return texture

@@ -40,7 +40,7 @@ class Round:
     """One finished round on the device."""
 
     views: Tensor
-    """(objects, groups, views, 64, 64, 4) 8-bit straight RGBA."""
+    """(objects, groups, views, size, size, 4) 8-bit straight RGBA."""
     cameras: Tensor
     sizes: Tensor
     chances: Tensor
@@ -72,10 +72,10 @@ class ViewStore:
         return store
 
     @staticmethod
-    def blank(device: torch.device, n_objects: int = 4) -> ViewStore:
+    def blank(device: torch.device, n_objects: int = 4, n_views: int = N_VIEWS, size: int = SIZE) -> ViewStore:
         """Empty views, to compile the network on before the first round is there."""
-        shape = (n_objects, N_GROUPS, N_VIEWS)
-        views = torch.zeros(*shape, SIZE, SIZE, 4, dtype=torch.uint8, device=device)
+        shape = (n_objects, N_GROUPS, n_views)
+        views = torch.zeros(*shape, size, size, 4, dtype=torch.uint8, device=device)
         cameras, sizes = torch.ones(*shape, 4, device=device), torch.ones(shape[:2], device=device)
         return ViewStore([Round(views, cameras, sizes, torch.ones(n_objects, device=device))], device)
 
@@ -86,7 +86,7 @@ class ViewStore:
         row = torch.multinomial(now.chances, n, replacement=True)
         group = torch.randint(now.views.shape[1], (n,), device=device)
         # The reference is view 0; targets are drawn from the others without repetition.
-        order = torch.rand(n, N_VIEWS - 1, device=device).argsort(1) + 1
+        order = torch.rand(n, now.views.shape[2] - 1, device=device).argsort(1) + 1
         owners, views = _targets(order, layout)
         reference = _premultiplied(now.views[row, group, 0])
         targets = _premultiplied(now.views[row[owners], group[owners], views])

@@ -13,7 +13,6 @@ this call. The learning rate falls to 0 at whichever comes first. `--export` get
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import time
@@ -28,12 +27,12 @@ from ..guidance.embedded.sampling import ConditionedPrior
 from ..guidance.embedded.unet import Group, Layout, ViewPrior, alpha_sigma
 from ..guidance.embedded.weights import load, to_bytes
 from .batches import Batch, ViewStore
+from .descent import Descent
 from .sheets import write_sheet
 
 WIDTHS = (128, 224, 224)
 WARMUP_STEPS = 400
 EMA_DECAY = 0.9995
-MAX_NORM = 1.0
 P_FINISHED = 0.4
 """Chance that a target of a mixed group is an almost clean, finished view."""
 CLOCK_STEPS, LOG_STEPS, VALIDATE_STEPS, SAVE_SECONDS = 20, 200, 1000, 120
@@ -158,28 +157,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-class Trainer:
-    """Network, average, optimizer and clock of one process."""
+class Trainer(Descent):
+    """The network under training and the clock of one process."""
 
     def __init__(self, options: argparse.Namespace, workers: Workers) -> None:
         self.options, self.workers, self.device = options, workers, workers.device
         widths = tuple(options.widths)
         torch.manual_seed(0)  # the same start in all processes
         net = load(options.init).requires_grad_(True).train() if options.init else ViewPrior(widths)
-        self.net = net.to(self.device).to(memory_format=torch.channels_last)
-        self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
-        self.parameters, self.averages = list(self.net.parameters()), list(self.ema.parameters())
-        is_fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=is_fused
-        )
-        # All gradients lie in one buffer, so averaging over processes and clipping are single calls.
-        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
-        offset = 0
-        for p in self.parameters:
-            p.grad = self.gradients.as_strided(p.size(), p.stride(), offset)
-            offset += p.numel()
-        self.step, self.trained_s, self.n_bad = 0, 0.0, torch.zeros((), device=self.device)
+        super().__init__(net, self.device, EMA_DECAY)
+        self.trained_s = 0.0
         self.cast = torch.autocast(self.device.type, torch.bfloat16)
         self.layout = training_layout(options.unit)
         self.compiled = self.net
@@ -208,20 +195,9 @@ class Trainer:
         return torch.stack([part.mean() for part in parts])
 
     def update(self, rate: float) -> Tensor:
-        """One optimizer step on the averaged gradient; a non-finite one is counted and left out. Returns its norm."""
+        """One optimizer step on the gradient averaged over all processes; see `Descent.update`."""
         self.workers.average(self.gradients)
-        norm = self.gradients.norm()
-        is_good = torch.isfinite(norm)
-        self.n_bad += ~is_good
-        # Selected, not multiplied: 0 * nan would be nan.
-        clipped = self.gradients * (MAX_NORM / norm.clamp(min=MAX_NORM))
-        self.gradients.copy_(torch.where(is_good, clipped, torch.zeros_like(clipped)))
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
-        self.optimizer.step()
-        self.step += 1
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - min(EMA_DECAY, self.step / (self.step + 10)))
-        return norm
+        return super().update(rate)
 
     def save(self) -> None:
         """Checkpoint for resuming, and the averaged weights in pieces; the first process only."""

@@ -1,14 +1,17 @@
-"""Renders the pool to memory-mapped rounds of 64 px views, in many processes; training starts after the first round.
+"""Renders the pool to memory-mapped rounds of small views, in many processes; training starts after the first round.
 
     python -m conrad_engine.training.views --pool DIR --out DIR --rounds 10 --processes 16 [--split val] [--sources green]
+    python -m conrad_engine.training.views --pool DIR --out DIR --rounds 10 --size 128 --groups 2 --views 5 --tight
 
 A round r is `views_r.npy` (objects, groups, views, 64, 64, 4) 8-bit straight RGBA, `cameras_r.npy` (objects, groups, views,
 4) (azimuth relative to the reference, elevation, distance, tan of half the field of view), `sizes_r.npy` (objects, groups)
-and, once all is written, `done_r`. `sources.npy` (objects,) indexes `SOURCES`. Objects that fail keep distances of 0.
+and, once all is written, `done_r`; options set other sizes and numbers. `sources.npy` (objects,) indexes `SOURCES`. Objects
+that fail keep distances of 0.
 
 A group is one object of one stretch, one light and one field of view in the product's object frame: view 0 is the reference,
 framed as the product frames a picture (its silhouette fills 80 % of a frame whose half side at the origin is 0.75); the other
-views look at the same origin from all around. Views are the reference's world: azimuth 0 is its camera.
+views look at the same origin from all around, `--tight` ones as near as the object allows. Views are the reference's world:
+azimuth 0 is its camera.
 """
 
 from __future__ import annotations
@@ -44,6 +47,21 @@ POOLS: dict[str, Pool] = {}
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How many pictures a round has of each object, and which."""
+
+    size: int = SIZE
+    """Pixels a side."""
+    n_groups: int = N_GROUPS
+    n_views: int = N_VIEWS
+    """Of each group, the reference included."""
+    is_tight: bool = False
+    """Whether each other view's frame just holds the object, though it is never much narrower than the reference's."""
+    seed: int = 7
+    """Another one draws other views."""
+
+
+@dataclass(frozen=True)
 class Task:
     """One object of one round."""
 
@@ -53,6 +71,7 @@ class Task:
     round_index: int
     out: str
     is_train: bool
+    shape: Shape = Shape()
 
 
 @dataclass(frozen=True)
@@ -161,18 +180,31 @@ def clear_distance(vertices: np.ndarray, azimuth_rad: float, elevation_rad: floa
     return float((vertices @ np.array(orbit_position(azimuth_rad, elevation_rad))).max()) + CLEARANCE
 
 
-def random_cameras(rng: np.random.Generator, vertices: np.ndarray, framing: Framing) -> np.ndarray:
-    """(N_VIEWS, 4) cameras: the reference, then the others at azimuths spread all around."""
+def tight_distance(
+    vertices: np.ndarray, azimuth_rad: float, elevation_rad: float, fov_rad: float, fill: float
+) -> float:
+    """Orbit distance at which the vertex farthest from the middle of the frame is at `fill` of its half."""
+    points = vertices @ orbit_camera(azimuth_rad, elevation_rad, 0.0)[:, :3]
+    return float((np.abs(points[:, :2]).max(1) / (math.tan(fov_rad / 2) * fill) + points[:, 2]).max())
+
+
+def random_cameras(
+    rng: np.random.Generator, vertices: np.ndarray, framing: Framing, shape: Shape = Shape()
+) -> np.ndarray:
+    """(n_views, 4) cameras: the reference, then the others at azimuths spread all around."""
     tan_half = math.tan(framing.fov_rad / 2)
     fit = fit_distance(vertices, framing.fov_rad, math.radians(20), rng.uniform(0.7, 0.95))
     cameras = [(0.0, framing.elevation_rad, HALF_FRAME / tan_half, tan_half)]
-    n = N_VIEWS - 1
+    n = shape.n_views - 1
     azimuths = rng.uniform(-math.pi, math.pi) + (np.arange(n) + rng.uniform(-0.4, 0.4, n)) * (2 * math.pi / n)
     for azimuth in azimuths:
         elevation = rng.uniform(-15, 60) if rng.random() < 0.5 else rng.uniform(-10, 35)
         # The product does not know how deep the object is: some of its frames are as narrow as the reference's.
         distance = fit * rng.uniform(0.95, 1.1) if rng.random() < 0.7 else rng.uniform(0.7, 1.15) / tan_half
-        clear = clear_distance(vertices, framing.azimuth_rad + azimuth, math.radians(elevation))
+        seen_from = framing.azimuth_rad + azimuth, math.radians(elevation)
+        if shape.is_tight:
+            distance = tight_distance(vertices, *seen_from, framing.fov_rad, rng.uniform(0.8, 0.95))
+        clear = clear_distance(vertices, *seen_from)
         cameras.append((azimuth, math.radians(elevation), max(distance, 0.6 / tan_half, clear), tan_half))
     return np.array(cameras, np.float32)
 
@@ -227,7 +259,12 @@ def load_mesh(rng: np.random.Generator, task: Task) -> PoolMesh:
 
 
 def render_group(
-    rng: np.random.Generator, mesh: PoolMesh, is_train: bool, views: np.ndarray, cameras: np.ndarray
+    rng: np.random.Generator,
+    mesh: PoolMesh,
+    is_train: bool,
+    views: np.ndarray,
+    cameras: np.ndarray,
+    shape: Shape = Shape(),
 ) -> float:
     """Fill one group's views and cameras; returns the longest box side as a multiple of the reference's extent."""
     stretch = rng.uniform(0.8, 1.25, 3) if is_train and rng.random() < P_STRETCH else np.ones(3)
@@ -235,7 +272,7 @@ def render_group(
         mesh = recolored(rng, mesh)
     for _ in range(4):
         vertices, framing = place(rng, mesh.vertices * stretch)
-        rows = random_cameras(rng, vertices, framing)
+        rows = random_cameras(rng, vertices, framing, shape)
         render_views(replace(mesh, vertices=vertices.astype(np.float32)), framing, rows, random_light(rng), views)
         if (views[0, ..., 3] > 127).mean() >= MIN_COVERAGE:
             cameras[:] = rows
@@ -248,21 +285,21 @@ def render_views(mesh: PoolMesh, framing: Framing, rows: np.ndarray, light: Ligh
     scene = Rasterizer(mesh)
     for view, (azimuth, elevation, distance, _) in enumerate(rows.tolist()):
         c2w = orbit_camera(framing.azimuth_rad + azimuth, elevation, distance)
-        views[view] = scene.render(c2w, framing.fov_rad, SIZE, light)
+        views[view] = scene.render(c2w, framing.fov_rad, views.shape[1], light)
 
 
 def render_object(task: Task) -> str:
     """Render all groups of one object into the round's files; returns what went wrong, or nothing."""
-    rng = np.random.default_rng([task.round_index, task.row, 7])
+    rng = np.random.default_rng([task.round_index, task.row, task.shape.seed])
     views, cameras, sizes = (
         np.lib.format.open_memmap(f"{task.out}/{name}_{task.round_index}.npy", mode="r+")
         for name in ("views", "cameras", "sizes")
     )
     try:
         mesh = load_mesh(rng, task)
-        for group in range(N_GROUPS):
+        for group in range(task.shape.n_groups):
             sizes[task.row, group] = render_group(
-                rng, mesh, task.is_train, views[task.row, group], cameras[task.row, group]
+                rng, mesh, task.is_train, views[task.row, group], cameras[task.row, group], task.shape
             )
     except (ValueError, IndexError, ArithmeticError, MemoryError, OSError) as error:
         # One bad object must not end the run; the trainer skips it.
@@ -294,21 +331,28 @@ def open_pools(folder: Path, sources: tuple[str, ...], split: str) -> list[tuple
     return objects
 
 
-def render_round(out: Path, objects: list[tuple[str, int]], round_index: int, is_train: bool, mapped: Callable) -> None:
+def render_round(
+    out: Path,
+    objects: list[tuple[str, int]],
+    round_index: int,
+    is_train: bool,
+    mapped: Callable,
+    shape: Shape = Shape(),
+) -> None:
     """Render one round and mark it as done; `mapped` is `map` or another processes' likeness of it."""
-    start, shape = time.time(), (len(objects), N_GROUPS, N_VIEWS)
+    start, counts = time.time(), (len(objects), shape.n_groups, shape.n_views)
     for name, full_shape, kind in (
-        ("views", (*shape, SIZE, SIZE, 4), np.uint8),
-        ("cameras", (*shape, 4), np.float32),
-        ("sizes", shape[:2], np.float32),
+        ("views", (*counts, shape.size, shape.size, 4), np.uint8),
+        ("cameras", (*counts, 4), np.float32),
+        ("sizes", counts[:2], np.float32),
     ):
         np.lib.format.open_memmap(out / f"{name}_{round_index}.npy", mode="w+", dtype=kind, shape=full_shape).flush()
-    tasks = [Task(row, *item, round_index, str(out), is_train) for row, item in enumerate(objects)]
+    tasks = [Task(row, *item, round_index, str(out), is_train, shape) for row, item in enumerate(objects)]
     # Heavy objects are spread over the round by a fixed shuffle.
     tasks = [tasks[i] for i in np.random.default_rng(0).permutation(len(tasks))]
     faults = [fault for fault in mapped(render_object, tasks) if fault]
     (out / f"done_{round_index}").write_text(f"{len(objects)} {time.time() - start:.1f}\n")
-    n_views = len(objects) * N_GROUPS * N_VIEWS
+    n_views = math.prod(counts)
     print(
         f"round {round_index}: {n_views} views in {time.time() - start:.1f} s; failed: {faults or 'none'}", flush=True
     )
@@ -323,7 +367,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sources", type=selected_sources, default=SOURCES, help="all, green, or names with commas")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--most", type=int, default=0, help="only so many objects, evenly picked; 0 is all")
+    parser.add_argument("--seed", type=int, default=7, help="another one draws other views")
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side")
+    parser.add_argument("--groups", type=int, default=N_GROUPS, help="references of each object and round")
+    parser.add_argument("--views", type=int, default=N_VIEWS, help="views of each group, the reference included")
+    parser.add_argument("--tight", action="store_true", help="frames that just hold the object")
     options = parser.parse_args(arguments)
+    shape = Shape(options.size, options.groups, options.views, options.tight, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     for stale in options.out.glob("done_*"):
         stale.unlink()
@@ -338,12 +388,13 @@ def main(arguments: list[str] | None = None) -> None:
     is_train = options.split == "train"
     if options.processes == 1:  # in this process: no fork, which other libraries' threads would not survive
         for round_index in range(options.rounds):
-            render_round(options.out, objects, round_index, is_train, map)
+            render_round(options.out, objects, round_index, is_train, map, shape)
         return
     # Forked workers share the opened pools.
     with multiprocessing.get_context("fork").Pool(options.processes) as workers:
         for round_index in range(options.rounds):
-            render_round(options.out, objects, round_index, is_train, partial(workers.imap_unordered, chunksize=4))
+            mapped = partial(workers.imap_unordered, chunksize=4)
+            render_round(options.out, objects, round_index, is_train, mapped, shape)
 
 
 if __name__ == "__main__":

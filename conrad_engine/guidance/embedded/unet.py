@@ -84,6 +84,13 @@ def alpha_sigma(t: Float[Tensor, " b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float
     return angle.cos(), angle.sin()
 
 
+def time_features(t: Float[Tensor, " b"]) -> Float[Tensor, "b 128"]:
+    """Sinusoidal embedding of times."""
+    frequencies = torch.exp(torch.arange(64, device=t.device) * (-math.log(1000.0) / 63)) * 1000
+    angles = t[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
 def camera_axes(cameras: Float[Tensor, "b 4"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Right, up, backward and position (b, 3) of orbit cameras."""
     azimuth, elevation, distance = cameras[:, 0], cameras[:, 1], cameras[:, 2]
@@ -240,9 +247,7 @@ class ViewPrior(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)
 
     def _embedding(self, t: Tensor, condition: Tensor) -> Tensor:
-        frequencies = torch.exp(torch.arange(64, device=t.device) * (-math.log(1000.0) / 63)) * 1000
-        angles = t[:, None] * frequencies
-        return self.embed(torch.cat([angles.sin(), angles.cos(), condition], 1))
+        return self.embed(torch.cat([time_features(t), condition], 1))
 
     def _run(
         self, picture: Tensor, cameras: Tensor, embedding: Tensor, reference: Tokens | None, layout: Layout

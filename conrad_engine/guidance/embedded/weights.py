@@ -84,10 +84,10 @@ def load(path: Path | str = "") -> ViewPrior:
     """
     path = Path(path) if path else shipped_path()
     header, tensors = read(path, ARCHITECTURE)
-    return filled(ViewPrior(_widths(header, path)), tensors, path)
+    return filled(ViewPrior(stated_widths(header, path)), tensors, path)
 
 
-def _widths(header: dict[str, str], path: Path) -> tuple[int, int, int]:
+def stated_widths(header: dict[str, str], path: Path) -> tuple[int, int, int]:
     """Channels of the three levels as the header states them; groups of 32 channels are normalized together."""
     try:
         widths = tuple(json.loads(header.get("widths", "null")))

@@ -1,0 +1,89 @@
+"""A texture under repainting: its mesh is looked at from a camera, a picture drawn over that view is painted back.
+
+What a photo shows is final from the start, what is painted is final from then on; in between lie narrow bands, where the
+picture is blended over what was there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float
+
+from ..cameras import Camera
+from ..config import MeshConfig
+from .bake import Photo, as_texture, padded, sample_picture, seen_by_photos, surface_texels, texel_length, visibility
+from .mesh import TexturedMesh
+from .raster import rasterize, sample_texture
+from .unwrap import UnwrappedMesh
+
+SUPERSAMPLE = 3
+"""Samples a pixel along each side of a view: texels are finer than its pixels."""
+Z_BUFFER = 512
+FACING_RANGE = 0.3, 0.55
+"""Cosines between normal and viewing direction from which and up to which a painted picture fades in."""
+FINAL_SHARE = 0.9
+"""Part of a pixel that must be final for the pixel to be."""
+
+
+class Canvas:
+    """The texels of a mesh, each with its color and how final that is, 0 to 1."""
+
+    def __init__(self, mesh: TexturedMesh, photos: list[Photo], config: MeshConfig) -> None:
+        """Take a mesh textured by `bake_texture` with these photos and settings."""
+        self.mesh, self.config, self.size = mesh, config, len(mesh.texture)
+        self.shape = UnwrappedMesh(mesh.vertices, mesh.faces, mesh.uvs, mesh.normals)
+        self.texels = surface_texels(self.shape, self.size)
+        self.texel_length = texel_length(self.shape, self.size)
+        self.before = mesh.texture.reshape(-1, 3)[self.texels.pixels].astype(np.float32) / 255
+        self.colors = self.before.copy()
+        _, self.final = seen_by_photos(
+            self.shape, self.texels.positions, self.texels.normals, photos, config, self.texel_length
+        )
+
+    def view(self, camera: Camera) -> tuple[Float[np.ndarray, "h w 4"], Float[np.ndarray, "h w"]]:
+        """What a camera sees now, straight RGBA in [0, 1], and which of its pixels are final, 0 or 1."""
+        n = SUPERSAMPLE
+        fragments = rasterize(self.mesh.vertices, self.mesh.faces, camera.resized(camera.width * n, camera.height * n))
+        found = fragments.faces >= 0
+        samples = np.zeros((*found.shape, 5), np.float32)
+        samples[found, :4] = sample_texture(self._table(), fragments.interpolate(self.mesh.faces, self.mesh.uvs)[found])
+        samples[found, 4] = 1
+        mean = samples.reshape(camera.height, n, camera.width, n, 5).mean((1, 3))
+        alpha = mean[..., 4:]
+        mean = mean[..., :4] / np.maximum(alpha, 1e-6)
+        return np.concatenate([mean[..., :3], alpha], -1), ((mean[..., 3] > FINAL_SHARE) & (alpha[..., 0] > 0)) * 1.0
+
+    def _table(self) -> Float[np.ndarray, "size size 4"]:
+        table, covered = np.zeros((self.size**2, 4), np.float32), np.zeros(self.size**2, bool)
+        table[self.texels.pixels, :3], table[self.texels.pixels, 3] = self.colors, self.final
+        covered[self.texels.pixels] = True
+        return padded(table.reshape(self.size, self.size, 4), covered.reshape(self.size, self.size))
+
+    def paint(self, camera: Camera, rgb: Float[np.ndarray, "h w 3"]) -> None:
+        """Put a picture on the texels that its camera sees well and that are not final.
+
+        Args:
+            rgb: Straight colors, continued past the silhouette.
+        """
+        texels = np.flatnonzero(self.final < 1)
+        positions, normals = self.texels.positions[texels], self.texels.normals[texels]
+        photo = Photo(camera, rgb, np.ones(rgb.shape[:2], np.float32))
+        weight, uv = visibility(self.shape, positions, normals, photo, self.config, Z_BUFFER)
+        toward = camera.positions.numpy() - positions
+        facing = (normals * toward).sum(1) / np.linalg.norm(toward, axis=1)
+        low, high = FACING_RANGE
+        ramp = np.clip((facing - low) / (high - low), 0, 1)
+        weight = (weight * ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+        seen = weight > 0
+        texels, weight, uv = texels[seen], weight[seen], uv[seen]
+        # What is final lies over the new picture, the new picture over what was there before.
+        share = ((1 - self.final[texels]) * weight)[:, None]
+        self.colors[texels] += share * (sample_picture(rgb, uv, 1.0) - self.before[texels])
+        self.final[texels] += share[:, 0]
+        self.final[self.final > 0.999] = 1
+
+    def textured(self) -> TexturedMesh:
+        """The mesh with its texture as painted so far."""
+        return replace(self.mesh, texture=as_texture(self.colors, self.texels, self.size))

@@ -1,0 +1,46 @@
+"""One network under training: its gradients in one buffer, its optimizer and the running average of its weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+MAX_NORM = 1.0
+
+
+class Descent:
+    """Network, average and optimizer; `backward` of any loss fills `gradients`."""
+
+    def __init__(self, net: nn.Module, device: torch.device, ema_decay: float) -> None:
+        self.ema_decay = ema_decay
+        self.net = net.to(device).to(memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.parameters, self.averages = list(self.net.parameters()), list(self.ema.parameters())
+        is_fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=is_fused
+        )
+        # All gradients lie in one buffer, so averaging over processes and clipping are single calls.
+        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
+        offset = 0
+        for p in self.parameters:
+            p.grad = self.gradients.as_strided(p.size(), p.stride(), offset)
+            offset += p.numel()
+        self.step, self.n_bad = 0, torch.zeros((), device=device)
+
+    def update(self, rate: float) -> Tensor:
+        """One optimizer step on the clipped gradient; a non-finite one is counted and left out. Returns its norm."""
+        norm = self.gradients.norm()
+        is_good = torch.isfinite(norm)
+        self.n_bad += ~is_good
+        # Selected, not multiplied: 0 * nan would be nan.
+        clipped = self.gradients * (MAX_NORM / norm.clamp(min=MAX_NORM))
+        self.gradients.copy_(torch.where(is_good, clipped, torch.zeros_like(clipped)))
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+        self.optimizer.step()
+        self.step += 1
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - min(self.ema_decay, self.step / (self.step + 10)))
+        return norm
