@@ -395,8 +395,6 @@ class OptimizeConfig:
 
     warm_start_views: int = 12
     """Views sampled jointly from the prior and fitted first; 0 starts with score distillation (embedded prior only)."""
-    warm_start_rings: int = 1
-    """Times these views are sampled, from places between each other's: more average more guesses of the prior."""
     warm_start_sampling: int = 20
     """Denoising steps of these views."""
     warm_start_steps: int = 120

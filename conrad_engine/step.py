@@ -158,7 +158,7 @@ class TrainStep:
 
     @cached_property
     def _sampled(self) -> SampledViews:
-        return SampledViews.of(self.state, self.condition, self.config.optimize.warm_start_rings)
+        return SampledViews.of(self.state, self.condition)
 
     @property
     def _done(self) -> float:

@@ -28,15 +28,10 @@ HULL_CELLS = 72
 """Cells a side of the hull that sampled views are carved into."""
 
 
-def ring_cameras(condition: Camera, n_views: int, half_frame: float, size: int, turn: float = 0.0) -> Camera:
-    """Views of the warm start: all around except the reference's own place, at two heights.
-
-    Args:
-        turn: Moves all views, as a part of the angle between two of them.
-    """
-    azimuths = (torch.arange(1, n_views + 1) + turn) * (2 * math.pi / (n_views + 1))
+def ring_cameras(condition: Camera, n_views: int, half_frame: float, size: int) -> Camera:
+    """Views of the warm start: all around except the reference's own place, at two heights."""
+    azimuths = torch.arange(1, n_views + 1) * (2 * math.pi / (n_views + 1))
     elevations = torch.deg2rad(torch.tensor([5.0, 30.0])).repeat(n_views)[:n_views]
-    elevations = elevations.flip(0) if turn else elevations
     half_frames = torch.full((n_views,), half_frame)
     return view_cameras(half_angle_tangent(condition), azimuths, elevations, half_frames, size)
 
@@ -68,43 +63,30 @@ def sample_warm_start(
     settings = config.optimize
     for half_frame in (VIEW_HALF_FRAME, 1.15):
         state.half_frame = half_frame
-        n_rings, n_views = settings.warm_start_rings, settings.warm_start_views
-        monitor.progress(Progress("warm_start", 0, n_rings * settings.warm_start_sampling))
-        generator = torch.Generator(state.device).manual_seed(config.seed)
-        rings = [
-            guidance.sample_views(
-                ring_cameras(condition, n_views, half_frame, config.render.size, k / n_rings).to(state.device),
-                n_steps=settings.warm_start_sampling,
-                generator=generator,
-                on_step=lambda n, k=k: _sampling_step(k * settings.warm_start_sampling + n, settings, monitor),
-            )
-            for k in range(n_rings)
-        ]
-        state.sampled = torch.cat(rings)
-        cameras = all_cameras(state, condition, n_rings)
+        cameras = ring_cameras(condition, settings.warm_start_views, half_frame, config.render.size)
+        cameras = cameras.to(state.device)
+        monitor.progress(Progress("warm_start", 0, settings.warm_start_sampling))
+        state.sampled = guidance.sample_views(
+            cameras,
+            n_steps=settings.warm_start_sampling,
+            generator=torch.Generator(state.device).manual_seed(config.seed),
+            on_step=lambda k: _sampling_step(k, settings.warm_start_sampling, monitor),
+        )
         border = torch.cat([state.sampled[:, 3, :, :1], state.sampled[:, 3, :, -1:]], -1)
         if (border > 0.5).float().mean() < 0.02:
             break
         log.info("the object is deeper than it is wide: its views are drawn again from farther away")
     if settings.carve:
-        carve(state, cameras, settings.warm_start_rings)
+        carve(state, cameras)
 
 
-def all_cameras(state: State, condition: Camera, n_rings: int) -> Camera:
-    """The cameras of the sampled views, ring by ring."""
-    n_views, size = len(state.sampled) // n_rings, state.sampled.shape[-1]
-    rings = [ring_cameras(condition, n_views, state.half_frame, size, k / n_rings) for k in range(n_rings)]
-    c2w, intrinsics = torch.cat([ring.c2w for ring in rings]), torch.cat([ring.intrinsics for ring in rings])
-    return Camera(c2w, intrinsics, size, size).to(state.device)
-
-
-def _sampling_step(step: int, settings, monitor: Monitor) -> None:
-    monitor.progress(Progress("warm_start", step, settings.warm_start_rings * settings.warm_start_sampling))
+def _sampling_step(step: int, n_steps: int, monitor: Monitor) -> None:
+    monitor.progress(Progress("warm_start", step, n_steps))
     if monitor.command() is Command.CANCEL:
         raise Cancelled("cancelled while the first views were drawn")
 
 
-def carve(state: State, cameras: Camera, n_rings: int = 1) -> None:
+def carve(state: State, cameras: Camera) -> None:
     """Start from the space that the sampled silhouettes leave: their visual hull, lenient with a single dissenting view.
 
     A point's score sums the logarithms of the opacities it projects to; the worst view counts half, so a point that one view
@@ -124,7 +106,7 @@ def carve(state: State, cameras: Camera, n_rings: int = 1) -> None:
         :, 0, 0
     ]
     logs = seen.clamp(0.02, 1).log()
-    score = _lifted(logs.sum(0) / n_rings - 0.5 * logs.amin(0), points, state.constrained)
+    score = _lifted(logs.sum(0) - 0.5 * logs.amin(0), points, state.constrained)
     cell = float((field.aabb[1] - field.aabb[0]).max()) / field.config.resolution
     field.initialize(((score + 2) * cell).view(resolution, resolution, resolution))
     field.prepare()
@@ -159,9 +141,10 @@ class SampledViews:
     """Of each pixel of all views: half of the rays go near the object."""
 
     @staticmethod
-    def of(state: State, condition: Camera, n_rings: int = 1) -> SampledViews:
+    def of(state: State, condition: Camera) -> SampledViews:
         assert state.sampled is not None, "there is a fit only to sampled views"
-        cameras = all_cameras(state, condition, n_rings)
+        n_views, size = len(state.sampled), state.sampled.shape[-1]
+        cameras = ring_cameras(condition, n_views, state.half_frame, size).to(state.device)
         near = torch.nn.functional.max_pool2d(state.sampled[:, 3:], 5, 1, 2).flatten() > 0.05
         return SampledViews(state.sampled, cameras, near / near.sum().clamp(min=1) + 1 / near.numel())
 
