@@ -19,7 +19,8 @@ class Main(ConradPanel):
         layout, settings = self.layout, context.scene.conrad
         draw_state(layout, context)
         draw_trouble(layout, context.region.width)
-        layout.template_ID(settings, "image", open="image.open")
+        # With the picture as its icon: for that Blender decodes it in a thread, before the viewport would have to wait.
+        layout.template_ID(settings, "image", open="image.open", live_icon=True)
         if (
             settings.image is None
             and context.space_data.type == "IMAGE_EDITOR"
@@ -28,7 +29,7 @@ class Main(ConradPanel):
             layout.operator("conrad.use_shown_picture", icon="IMAGE_DATA")
         layout.prop(settings, "use_mask")
         if settings.use_mask:
-            layout.template_ID(settings, "mask", open="image.open")
+            layout.template_ID(settings, "mask", open="image.open", live_icon=True)
         self._draw_generate(layout, context)
 
     def _draw_generate(self, layout: bpy.types.UILayout, context: bpy.types.Context) -> None:

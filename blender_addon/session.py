@@ -95,8 +95,9 @@ class Session:
 
     def submit(self, request: Submit, notes: Notes) -> Job:
         """Send a job; it is kept until the engine has confirmed it."""
-        job = self.table.add(notes)
-        self.table.keep_request(request)
+        job = self.table.jobs.get(notes.job) or self.table.add(notes)
+        if not self.table.is_kept(request.job):
+            self.table.keep_request(request)
         self._unsent[request.job] = request
         if self.client is not None:
             self._send(request)
