@@ -137,7 +137,11 @@ class Batch(ConradPanel):
         column.prop(chosen, "pattern")
         column.prop(chosen, "output")
         column.prop(chosen, "out_folder")
-        column.prop(chosen, "use_scene_camera")
+        column.prop(chosen, "camera")
+        if chosen.camera == "ELEVATION":
+            column.prop(context.scene.conrad, "elevation")
+        if chosen.camera != "CAMERA":
+            column.prop(context.scene.conrad, "fov")
         row = layout.row(align=True)
         if batch_run.is_running:
             counts = opened.counts
