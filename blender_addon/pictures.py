@@ -43,7 +43,7 @@ def job_fields(image: bpy.types.Image, mask: bpy.types.Image | None, scene: bpy.
 def picture_fields(image: bpy.types.Image, scene: bpy.types.Scene) -> Steps:
     """`picture` or `pixels` of a job. Raises what `job_fields` raises."""
     if image.type in ("RENDER_RESULT", "COMPOSITING"):
-        return {"picture": _rendered_bytes(image, scene)}
+        return {"pixels": array_of((yield from _rendered_pixels(image, scene)))}
     uid = image.session_uid
     data = yield from file_bytes(image)
     return {"picture": data} if data else {"pixels": array_of((yield from pixels_of(found(uid))))}
@@ -272,28 +272,40 @@ def _linear_to_srgb(linear: np.ndarray) -> np.ndarray:
     return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
 
 
-def _rendered_bytes(image: bpy.types.Image, scene: bpy.types.Scene) -> bytes:
-    """A render result as a PNG file: only saving it gives its pixels. The output settings are put back."""
+def _rendered_pixels(image: bpy.types.Image, scene: bpy.types.Scene) -> Steps:
+    """The pixels of a render result, as of `pixels_of`: only saving it gives them, quickest as a raw Targa file. The output
+    settings are put back."""
     settings = scene.render.image_settings
     names = ("file_format", "color_mode", "color_depth", "compression")
     before = {name: getattr(settings, name) for name in names}
-    handle, path = tempfile.mkstemp(suffix=".png", dir=bpy.app.tempdir or None)
+    handle, path = tempfile.mkstemp(suffix=".tga", dir=bpy.app.tempdir or None)
     os.close(handle)
     try:
-        settings.file_format, settings.color_mode, settings.color_depth = "PNG", "RGBA", "8"
-        settings.compression = 0
+        settings.file_format, settings.color_mode = "TARGA_RAW", "RGBA"
         image.save_render(path, scene=scene)
-        data = Path(path).read_bytes()
     except RuntimeError as error:
+        Path(path).unlink(missing_ok=True)
         raise NoPicture(f"The render result cannot be read: {error}") from None
     finally:
         settings.file_format = before["file_format"]
         for name in names[1:]:
             setattr(settings, name, before[name])
-        Path(path).unlink(missing_ok=True)
-    if not data:
+    pixels = yield partial(_targa_pixels, Path(path))
+    if pixels is None:
         raise NoPicture("Nothing has been rendered yet")
-    return data
+    return pixels
+
+
+def _targa_pixels(path: Path) -> np.ndarray | None:
+    """The pixels of a raw Targa file of 32 bits a pixel, which is removed; None if it is no such file."""
+    data = path.read_bytes()
+    path.unlink()
+    if len(data) < 18 or data[2] != 2 or data[16] != 32:
+        return None
+    width, height = (int.from_bytes(data[at : at + 2], "little") for at in (12, 14))
+    bgra = np.frombuffer(data, np.uint8, width * height * 4, 18 + data[0]).reshape(height, width, 4)
+    is_top_first = data[17] & 0x20
+    return np.ascontiguousarray((bgra if is_top_first else bgra[::-1])[..., [2, 1, 0, 3]])
 
 
 def mesh_fields(item: bpy.types.Object, depsgraph: bpy.types.Depsgraph) -> dict[str, Array]:

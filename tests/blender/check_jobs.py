@@ -261,13 +261,18 @@ def check_render_result() -> None:
     scene.render.engine, scene.cycles.samples = "CYCLES", 1
     scene.render.resolution_x, scene.render.resolution_y, scene.render.resolution_percentage = 48, 32, 50
     scene.camera = next(item for item in bpy.data.objects if item.type == "CAMERA")
-    scene.render.image_settings.file_format = "JPEG"
+    scene.render.film_transparent = True
     bpy.ops.render.render()
     image = bpy.data.images["Render Result"]
     assert camera.picture_size(image) == (24, 16)
-    data = finish(pictures.picture_fields(image, scene))["picture"]
-    assert data.startswith(b"\x89PNG") and data[16:24] == bytes([0, 0, 0, 24, 0, 0, 0, 16])
-    assert scene.render.image_settings.file_format == "JPEG"
+    settings = scene.render.image_settings
+    settings.file_format, settings.color_mode = "PNG", "RGBA"
+    image.save_render(bpy.app.tempdir + "render.png")
+    saved = bpy.data.images.load(bpy.app.tempdir + "render.png")
+    settings.file_format, settings.color_mode = "JPEG", "RGB"
+    array = finish(pictures.picture_fields(image, scene))["pixels"]
+    assert array.shape == (16, 24, 4) and bytes(array.data) == finish(pictures.pixels_of(saved)).tobytes()
+    assert (settings.file_format, settings.color_mode) == ("JPEG", "RGB")
     scene.render.resolution_percentage = 100
 
 
