@@ -6,7 +6,7 @@ import bpy
 from bl_ui.utils import PresetPanel
 
 from . import link, operators_camera, requests, thumbnails
-from .panel_parts import ConradPanel, draw_progress, draw_state, draw_trouble, wrapped
+from .panel_parts import ConradPanel, draw_progress, draw_state, draw_trouble, draw_warnings, wrapped
 from .panels_engine import Engine, draw_status_bar
 from .panels_lists import Batch, CONRAD_UL_batch, CONRAD_UL_jobs, Results
 from .properties import PROMPTED
@@ -62,8 +62,7 @@ class Preview(ConradPanel):
         row = layout.row()
         row.active = settings.use_overlay
         row.prop(settings, "overlay_opacity", slider=True)
-        for warning in job.state.warnings[-2:] if job.state else ():
-            wrapped(layout, warning, context.region.width, "INFO")
+        draw_warnings(layout, job, context.region.width)
 
 
 class CONRAD_PT_presets(PresetPanel, bpy.types.Panel):

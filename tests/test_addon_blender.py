@@ -112,7 +112,7 @@ def test_what_it_shows(name, interpreter, zip_path, engine_python, tmp_path, run
 def moments(n_random: int) -> list:
     """Seconds after Generate: three usual ones, and random ones up to the time when the result is in the scene."""
     generator = random.Random(0)
-    drawn = [f"{generator.uniform(0, 7):.2f}" for _ in range(n_random)]
+    drawn = [f"{generator.uniform(0, 10):.2f}" for _ in range(n_random)]
     return ["0", "0.8", "2", *(pytest.param(seconds, marks=pytest.mark.slow) for seconds in drawn)]
 
 
