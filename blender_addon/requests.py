@@ -109,7 +109,7 @@ def _send(
     link.session().table.add(notes)
     steps = _sending(request, notes, image, mask, context.scene)
     if pictures.is_large(image, mask):
-        link.session().want()
+        # The engine is wanted when the job is sent: its start would take the processor from what Blender waits for.
         background.start(_sending_later(steps, notes, image, mask))
     else:
         background.finish(steps)
