@@ -88,7 +88,9 @@ def _send(
 ) -> Notes:
     image, mask = settings.image, settings.mask if settings.use_mask else None
     overrides = {**extra_overrides(settings.extra), **(PROJECT_OVERRIDES if kind == "project" else {})}
-    if settings.is_elevation_guess:
+    # Without a camera and an elevation nobody has said how high it stands: the default is only a guess.
+    is_unsaid = settings.camera is None and not settings.is_property_set("elevation")
+    if settings.is_elevation_guess or is_unsaid:
         overrides["picture.is_elevation_known"] = False
     mesh = {} if start is None else pictures.mesh_fields(start, context.evaluated_depsgraph_get())
     notes = notes_of(settings, context.scene, kind)

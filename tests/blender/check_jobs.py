@@ -86,7 +86,14 @@ def check_without_camera() -> None:
     scene = bpy.context.scene
     scene.conrad.camera = None
     scene.cursor.location = (4, 0, 1)
+    unsent, name = part("link").session()._unsent, "picture.is_elevation_known"
     job = submit("cup", place="CURSOR", size=0.25)
+    assert unsent[job.id].overrides[name] is False, "nobody has said how high the camera stands"
+    other = submit("cup", elevation=0.3)
+    assert name not in unsent[other.id].overrides
+    bpy.ops.conrad.cancel(job=other.id)
+    assert other.id not in table().jobs, "it was cancelled before the engine has said anything"
+    pump_until(lambda: other.id in table().jobs and table().jobs[other.id].state_name == "cancelled")
     pump_until(lambda: made_by(job))
     [item] = made_by(job)
     bpy.context.view_layer.update()
