@@ -4,8 +4,8 @@ The list lies in the output folder as `conrad_batch.json` and is written after e
 Blender was closed or killed: finished pictures are skipped, jobs that run in the engine are found again by their id.
 
 A side-car is a JSON file beside a picture (`chair.png` -> `chair.json`) with any of: preset, guidance, prompt, seed,
-texture_size, n_faces, size, elevation_deg, fov_deg, mask (file name), camera (set-up as in `camera_math.setup_json`),
-overrides (dotted settings).
+texture_size, n_faces, size, elevation_deg (or "auto": the engine guesses it), fov_deg, mask (file name), camera (set-up as
+in `camera_math.setup_json`), overrides (dotted settings).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 LIST_NAME = "conrad_batch.json"
 LIST_VERSION = 1
+AUTO = "auto"
 WAITING, SENT, DONE, FAILED = "waiting", "sent", "done", "failed"
 SIDECAR_TYPES: dict[str, tuple[type, ...]] = {
     "preset": (str,),
@@ -183,6 +184,8 @@ def sidecar(picture: Path) -> dict:
     for name, value in data.items():
         if name not in SIDECAR_TYPES:
             raise BatchError(f"{path.name} has the unknown setting {name!r}: use {', '.join(SIDECAR_TYPES)}")
+        if name == "elevation_deg" and value == AUTO:
+            continue
         if not isinstance(value, SIDECAR_TYPES[name]) or isinstance(value, bool):
             raise BatchError(f"{path.name}: {name} must be {SIDECAR_TYPES[name][-1].__name__}, not {value!r}")
     return data

@@ -144,11 +144,17 @@ def _request(item: batch.Item, scene: bpy.types.Scene) -> tuple[Submit, Notes]:
     data = path.read_bytes()
     if len(data) > pictures.MAX_FILE_BYTES:
         raise batch.BatchError(f"{path.name} has {len(data) / 1e6:.0f} MB, more than the engine takes")
-    setup = own.get("camera") or (_scene_camera(path, data, scene) if settings.batch.use_scene_camera else {})
+    setup, elevation = own.get("camera", {}), own.get("elevation_deg")
+    if not setup and elevation is None and settings.batch.camera == "CAMERA":
+        setup = _scene_camera(path, data, scene)
     if not setup:
-        overrides.setdefault("picture.elevation_deg", float(own.get("elevation_deg", math.degrees(settings.elevation))))
         overrides.setdefault("picture.fov_deg", float(own.get("fov_deg", math.degrees(settings.fov))))
-    if settings.is_elevation_guess:
+        if elevation is None:
+            elevation = batch.AUTO if settings.batch.camera == "GUESS" else math.degrees(settings.elevation)
+        if elevation != batch.AUTO:
+            # Without one the engine guesses, and says itself how sure it is.
+            overrides.setdefault("picture.elevation_deg", float(elevation))
+    if settings.is_elevation_guess and elevation != batch.AUTO:
         overrides.setdefault("picture.is_elevation_known", False)
     index = current.items.index(item)
     size = float(own.get("size", settings.size))

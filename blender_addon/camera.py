@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import bpy
 import numpy as np
 from mathutils import Matrix, Vector
 
+from . import background, pictures, scene_tools
 from . import camera_math as cm
-from . import scene_tools
 
 CAMERA_NAME, PROXY_NAME = "ConRad Reference", "ConRad Proxy"
 SENSOR_MM = 36.0
@@ -134,7 +135,7 @@ def picture_size(image: bpy.types.Image) -> tuple[int, int]:
     Raises:
         CannotUseCamera: Its file is missing or it has not been rendered yet.
     """
-    width, height = image.size
+    width, height = pictures.size_of(image)
     if image.type == "RENDER_RESULT" and not (width and height):
         render = bpy.context.scene.render
         scale = render.resolution_percentage / 100
@@ -226,6 +227,7 @@ def add_reference(
     set_background(item, image)
     if pose is None:
         set_pose(item, cm.orbit_pose(np.array(center), cm.Orbit(0.0, math.degrees(settings.elevation), 1.0)))
+        fit_to_box(item, image, None)
         fit_to_picture(item, image)
     else:
         set_pose(item, pose)
@@ -270,29 +272,63 @@ def fov_deg(item: bpy.types.Object, image: bpy.types.Image) -> float:
 def fit_to_picture(item: bpy.types.Object, image: bpy.types.Image) -> None:
     """Move and turn the camera, at the same orbit angles, until the proxy covers the object in the picture.
 
+    The outline of a large picture is looked for while Blender goes on, and the camera moves when it is known.
+
     Raises:
         CannotUseCamera: It has no proxy or is not a perspective camera.
     """
+    if has_alpha(image) and pictures.is_large(image) and not bpy.app.background:
+        background.start(_fit_later(item, image))
+    else:
+        fit_to_box(item, image, outline_box(image))
+
+
+def fit_to_box(item: bpy.types.Object, image: bpy.types.Image, box: tuple[float, float, float, float] | None) -> None:
+    """The same for a known box of the object in the picture, pixels; None takes the middle of the picture."""
     width, height = picture_size(image)
     center, size = target_of(item)
-    box = outline_box(image) or cm.central_box(width, height)
     lens = cm.intrinsics(lens_of(item.data), width, height)
+    box = box or cm.central_box(width, height)
     set_pose(item, cm.fitted_pose(cm.orbit_of(pose_of(item), center), lens, center, size, box))
+
+
+def _fit_later(item: bpy.types.Object, image: bpy.types.Image) -> background.Steps:
+    """Fit the camera when the picture's outline is known, unless it has been moved or removed meanwhile."""
+    name, pose, uid = item.name, pose_of(item), image.session_uid
+    try:
+        yield from pictures.until_decoded(image)
+        box = yield from _outline(pictures.found(uid))
+        item = bpy.data.objects.get(name)
+        if item is not None and np.array_equal(pose_of(item), pose):
+            fit_to_box(item, pictures.found(uid), box)
+            scene_tools.redraw(view=True)
+    except (pictures.NoPicture, CannotUseCamera):
+        return
+
+
+def has_alpha(image: bpy.types.Image) -> bool:
+    """Whether the picture's alpha may say where the object is."""
+    head = pictures.unread_head(image)
+    return image.depth in ALPHA_DEPTHS if head is None else head.has_alpha
 
 
 def outline_box(image: bpy.types.Image) -> tuple[float, float, float, float] | None:
     """The box of the object in the picture by its alpha, pixels, or None when alpha says nothing."""
-    width, height = image.size
-    if image.depth not in ALPHA_DEPTHS or not image.has_data and image.source == "FILE" and not image.filepath:
+    try:
+        return background.finish(_outline(image)) if has_alpha(image) else None
+    except pictures.NoPicture:
         return None
-    if width * height * image.channels != len(image.pixels):
-        return None
-    pixels = np.empty(width * height * image.channels, np.float32)
-    image.pixels.foreach_get(pixels)
+
+
+def _outline(image: bpy.types.Image) -> background.Steps:
+    values = yield from pictures.values_of(image)
+    return (yield partial(_box_of_alpha, values))
+
+
+def _box_of_alpha(values: np.ndarray) -> tuple[float, float, float, float] | None:
     # Every pixel of a large picture would take time and tell no more.
-    step = max(1, max(width, height) // OUTLINE_SIDE)
-    alpha = pixels.reshape(height, width, image.channels)[::-1, :, 3][::step, ::step]
-    box = cm.box_of_mask(alpha > 0.5)
+    step = max(1, max(values.shape[:2]) // OUTLINE_SIDE)
+    box = cm.box_of_mask(values[::-1, :, 3][::step, ::step] > 0.5) if values.shape[2] == 4 else None
     return None if box is None else tuple(step * edge for edge in box)
 
 

@@ -242,6 +242,9 @@ class JobTable:
             # A full disk: the job is still sent, only not after a crash.
             return
 
+    def is_kept(self, job_id: str) -> bool:
+        return self._folder is not None and (self._folder / f"{job_id}.unsent").exists()
+
     def confirmed(self, job_id: str) -> None:
         """The engine has the job."""
         if self._folder is not None:

@@ -14,7 +14,7 @@ from time import perf_counter
 
 import bpy
 
-from . import importer, preferences, scene_tools
+from . import background, importer, preferences, scene_tools
 from .engine_state import Event, is_changed
 from .jobs import Job, JobTable
 from .launcher import Launcher
@@ -80,11 +80,12 @@ def pump() -> float | None:
     """
     global last_error
     if _session is None:
-        return None
+        return WATCHING_S if background.go_on() else None
     try:
         events = _session.poll()
         if events:
             _react(events)
+        has_background_work = background.go_on()
         is_working = [step() for step in list(steps)]
         _import_waiting()
     except Exception:
@@ -92,7 +93,8 @@ def pump() -> float | None:
         last_error = traceback.format_exc()
         print(last_error)
         return BUSY_S
-    if any(job.preview is not None for job in _session.table.active) and overlay_wanted():
+    is_watched = any(job.preview is not None for job in _session.table.active) and overlay_wanted()
+    if is_watched or has_background_work:
         return WATCHING_S
     if any(is_working) or _session.table.active or _session.state.name in ("STARTING", "BUSY"):
         return BUSY_S
@@ -194,7 +196,7 @@ def file_opened() -> None:
 
 
 def register() -> None:
-    return
+    background.wake = wake
 
 
 def unregister() -> None:
@@ -204,5 +206,6 @@ def unregister() -> None:
     if _session is not None:
         _session.end()
         _session = None
+    background.clear()
     listeners.clear()
     steps.clear()

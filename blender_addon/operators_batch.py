@@ -7,6 +7,13 @@ import bpy
 from . import batch, batch_run, preferences, scene_tools
 
 
+def _why_not(context: bpy.types.Context) -> str:
+    """The reason why no batch can be opened now, or nothing."""
+    if not context.scene.conrad.batch.folder:
+        return "Choose the folder with the pictures"
+    return "The batch is running: stop it first" if batch_run.is_running else ""
+
+
 class CONRAD_OT_batch_scan(bpy.types.Operator):
     bl_idname = "conrad.batch_scan"
     bl_label = "List Pictures"
@@ -14,10 +21,10 @@ class CONRAD_OT_batch_scan(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        if not context.scene.conrad.batch.folder:
-            cls.poll_message_set("Choose the folder with the pictures")
-            return False
-        return not batch_run.is_running
+        reason = _why_not(context)
+        if reason:
+            cls.poll_message_set(reason)
+        return not reason
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
@@ -37,12 +44,10 @@ class CONRAD_OT_batch_start(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        reason = preferences.why_no_engine()
-        if not reason and not context.scene.conrad.batch.folder:
-            reason = "Choose the folder with the pictures"
+        reason = preferences.why_no_engine() or _why_not(context)
         if reason:
             cls.poll_message_set(reason)
-        return not reason and not batch_run.is_running
+        return not reason
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
@@ -73,6 +78,8 @@ class CONRAD_OT_batch_retry(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
+        if batch_run.current is None:
+            cls.poll_message_set("List the pictures first")
         return batch_run.current is not None
 
     def execute(self, context: bpy.types.Context) -> set[str]:

@@ -10,7 +10,7 @@ import bpy
 import numpy as np
 from bpy.props import BoolProperty, FloatProperty
 
-from . import camera, link, pictures, preferences, scene_tools
+from . import background, camera, link, pictures, preferences, scene_tools
 from . import camera_math as cm
 from .protocol import ElevationGuess, EngineUnavailable, Error, GuessElevation
 
@@ -248,21 +248,40 @@ class CONRAD_OT_estimate_elevation(CameraOperator, bpy.types.Operator):
     def execute(self, context: bpy.types.Context) -> set[str]:
         global question, guess_note
         settings, item = context.scene.conrad, context.scene.conrad.camera
+        image, mask = settings.image, settings.mask if settings.use_mask else None
         try:
-            fields = pictures.picture_fields(settings.image, context.scene)
-            if settings.use_mask and settings.mask is not None:
-                fields |= pictures.mask_fields(settings.mask)
-            fov_deg = math.degrees(settings.fov) if item is None else camera.fov_deg(item, settings.image)
+            fov_deg = math.degrees(settings.fov) if item is None else camera.fov_deg(item, image)
             link.refresh_settings()
             link.session().elevation = None
-            link.session().ask(GuessElevation(fov_deg=min(max(fov_deg, 2.0), 120.0), **fields))
+            steps = _asking(min(max(fov_deg, 2.0), 120.0), image, mask, context.scene)
+            if pictures.is_large(image, mask):
+                background.start(_asking_later(steps, image, mask))
+            else:
+                background.finish(steps)
         except (pictures.NoPicture, camera.CannotUseCamera, EngineUnavailable) as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
-        names = (context.scene.name, settings.image.name, "" if item is None else item.name)
+        names = (context.scene.name, image.name, "" if item is None else item.name)
         question, guess_note = Question(link.file_token, *names, time.monotonic()), "Looking at the picture"
         link.wake()
         return {"FINISHED"}
+
+
+def _asking(
+    fov_deg: float, image: bpy.types.Image, mask: bpy.types.Image | None, scene: bpy.types.Scene
+) -> background.Steps:
+    """Ask the engine about a picture. Raises NoPicture, EngineUnavailable."""
+    fields = yield from pictures.job_fields(image, mask, scene)
+    link.session().ask(GuessElevation(fov_deg=fov_deg, **fields))
+
+
+def _asking_later(steps: background.Steps, image: bpy.types.Image, mask: bpy.types.Image | None) -> background.Steps:
+    """The same at the ticks to come; what goes wrong is the answer."""
+    try:
+        yield from pictures.until_decoded(image, mask)
+        yield from steps
+    except (pictures.NoPicture, EngineUnavailable) as error:
+        link.session().elevation = Error("input", str(error))
 
 
 def take_guess() -> bool:

@@ -113,10 +113,11 @@ class CONRAD_OT_check_engine(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        is_there = bool(preferences.engine_python())
-        if not is_there:
-            cls.poll_message_set("Set up the engine first")
-        return is_there and running_check is None
+        reason = "" if preferences.engine_python() else "Set up the engine first"
+        reason = reason or ("The check is running" if running_check is not None else "")
+        if reason:
+            cls.poll_message_set(reason)
+        return not reason
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         global running_check, last_doctor

@@ -9,7 +9,7 @@ import bpy
 import numpy as np
 from bpy.props import BoolProperty, StringProperty
 
-from . import camera, link, requests
+from . import camera, link, pictures, requests
 from .jobs import Job
 from .pictures import NoPicture
 from .protocol import Cancel, Continue, EngineUnavailable, Extract, Keep, Pause, Resume
@@ -312,7 +312,7 @@ class CONRAD_OT_drop_picture(bpy.types.Operator):
         except RuntimeError as error:
             self.report({"ERROR"}, f"{Path(path).name} cannot be read as a picture: {error}")
             return {"CANCELLED"}
-        if not image.size[0]:
+        if not pictures.size_of(image)[0]:
             if not image.users:
                 bpy.data.images.remove(image)
             self.report({"ERROR"}, f"{Path(path).name} has no pixels: it is no picture that Blender reads")

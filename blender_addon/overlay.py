@@ -32,6 +32,8 @@ _handle: object | None = None
 _texture: gpu.types.GPUTexture | None = None
 _shown: Preview | None = None
 _pending: Preview | None = None
+_is_waiting = False
+"""A job's first texture was made and waits for another drawing of the view."""
 _serial = 0
 _asked: tuple = ()
 _asked_at = 0.0
@@ -56,9 +58,9 @@ def _take(events: list[Event]) -> None:
 
 def clear() -> None:
     """Show nothing any more."""
-    global _texture, _shown, _pending, _asked
+    global _texture, _shown, _pending, _asked, _is_waiting
     _texture = _shown = _pending = None
-    _asked = ()
+    _asked, _is_waiting = (), False
 
 
 def _watched_job() -> Job | None:
@@ -68,9 +70,13 @@ def _watched_job() -> Job | None:
 
 def _step() -> bool:
     """Tell the engine where the view is, when it has changed or come to rest."""
+    global _is_waiting
     job = _watched_job()
     if job is None or bpy.app.background:
         return False
+    if _is_waiting:
+        _is_waiting = False
+        scene_tools.redraw(kinds=("VIEW_3D",), view=True)
     if scene_tools.scene_now().conrad.use_overlay and job.notes.setup:
         _ask_for_view(job)
     else:
@@ -177,14 +183,18 @@ def corners(preview: Preview, center: np.ndarray) -> list[Vector]:
 
 def _draw() -> None:
     """Draw handler of every 3D view; reads state, changes nothing but the texture."""
-    global _texture, _shown, _pending
+    global _texture, _shown, _pending, _is_waiting
     job = _watched_job()
     context = bpy.context
     settings = context.scene.conrad
     if job is None or not settings.use_overlay or not job.notes.setup:
         return
     if _pending is not None and _pending is not _shown and _pending.c2w:
+        _is_waiting = _texture is None
         _texture, _shown = _make_texture(_pending), _pending
+        if _is_waiting:
+            # The driver compiles at the first drawing: making the texture as well would be felt.
+            return
     if _texture is None or _shown is None or _shown.job != job.id:
         return
     center = np.array(job.notes.setup["object_center"])

@@ -41,11 +41,17 @@ class ConradPanel:
 def wrapped(layout: bpy.types.UILayout, text: str, width: int, icon: str = "NONE") -> None:
     """Text over as many lines as the panel is narrow."""
     scale = bpy.context.preferences.system.ui_scale
-    n_characters = max(int((width / scale - 50) / 6.2), 16)
+    n_characters = max(int((width / scale - 50) / 6.8), 16)
     column = layout.column(align=True)
     column.scale_y = 0.8
     for number, line in enumerate(textwrap.wrap(text, n_characters) or [""]):
         column.label(text=line, icon=icon if number == 0 else ("BLANK1" if icon != "NONE" else "NONE"), translate=False)
+
+
+def draw_warnings(layout: bpy.types.UILayout, job: Job | None, width: int) -> None:
+    """What the engine has to say about a job, the newest two sentences."""
+    for warning in job.state.warnings[-2:] if job is not None and job.state is not None else ():
+        wrapped(layout, warning, width, "INFO")
 
 
 def session_state() -> State:

@@ -6,7 +6,7 @@ import bpy
 from bl_ui.utils import PresetPanel
 
 from . import link, operators_camera, requests, thumbnails
-from .panel_parts import ConradPanel, draw_progress, draw_state, draw_trouble, wrapped
+from .panel_parts import ConradPanel, draw_progress, draw_state, draw_trouble, draw_warnings, wrapped
 from .panels_engine import Engine, draw_status_bar
 from .panels_lists import Batch, CONRAD_UL_batch, CONRAD_UL_jobs, Results
 from .properties import PROMPTED
@@ -19,7 +19,8 @@ class Main(ConradPanel):
         layout, settings = self.layout, context.scene.conrad
         draw_state(layout, context)
         draw_trouble(layout, context.region.width)
-        layout.template_ID(settings, "image", open="image.open")
+        # With the picture as its icon: for that Blender decodes it in a thread, before the viewport would have to wait.
+        layout.template_ID(settings, "image", open="image.open", live_icon=True)
         if (
             settings.image is None
             and context.space_data.type == "IMAGE_EDITOR"
@@ -28,7 +29,7 @@ class Main(ConradPanel):
             layout.operator("conrad.use_shown_picture", icon="IMAGE_DATA")
         layout.prop(settings, "use_mask")
         if settings.use_mask:
-            layout.template_ID(settings, "mask", open="image.open")
+            layout.template_ID(settings, "mask", open="image.open", live_icon=True)
         self._draw_generate(layout, context)
 
     def _draw_generate(self, layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
@@ -61,8 +62,7 @@ class Preview(ConradPanel):
         row = layout.row()
         row.active = settings.use_overlay
         row.prop(settings, "overlay_opacity", slider=True)
-        for warning in job.state.warnings[-2:] if job.state else ():
-            wrapped(layout, warning, context.region.width, "INFO")
+        draw_warnings(layout, job, context.region.width)
 
 
 class CONRAD_PT_presets(PresetPanel, bpy.types.Panel):

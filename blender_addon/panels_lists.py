@@ -6,7 +6,7 @@ import bpy
 
 from . import batch, batch_run, link, thumbnails
 from .jobs import Job, clock
-from .panel_parts import ConradPanel, draw_progress, wrapped
+from .panel_parts import ConradPanel, draw_progress, draw_warnings, wrapped
 
 JOB_ICONS = {
     "sending": "SORTTIME",
@@ -79,6 +79,7 @@ class Results(ConradPanel):
         wrapped(layout, words, context.region.width, "ERROR" if job.problem or job.state_name == "failed" else "NONE")
         if job.state is not None and job.state.error_hint:
             wrapped(layout, job.state.error_hint, context.region.width, "INFO")
+        draw_warnings(layout, job, context.region.width)
         if job.is_active and job.state is not None:
             return draw_progress(layout, job)
         if job.result_number:
@@ -137,7 +138,11 @@ class Batch(ConradPanel):
         column.prop(chosen, "pattern")
         column.prop(chosen, "output")
         column.prop(chosen, "out_folder")
-        column.prop(chosen, "use_scene_camera")
+        column.prop(chosen, "camera")
+        if chosen.camera == "ELEVATION":
+            column.prop(context.scene.conrad, "elevation")
+        if chosen.camera != "CAMERA":
+            column.prop(context.scene.conrad, "fov")
         row = layout.row(align=True)
         if batch_run.is_running:
             counts = opened.counts
@@ -157,6 +162,8 @@ class Batch(ConradPanel):
         entry = opened.items[state.active_batch] if state.active_batch < len(opened.items) else None
         if entry is not None and entry.error:
             wrapped(layout, entry.error, context.region.width, "ERROR")
+        elif entry is not None and link.has_session():
+            draw_warnings(layout, link.session().table.jobs.get(entry.job), context.region.width)
         row = layout.row(align=True)
         row.operator("conrad.batch_retry", icon="FILE_REFRESH")
         row.operator("conrad.batch_retry", text="Retry Failed").all_failed = True

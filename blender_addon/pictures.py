@@ -4,39 +4,86 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import bpy
 import numpy as np
 
+from .background import Steps
 from .protocol import Array
 
 PLAIN_FORMATS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"BM": "bmp"}
 MAX_FILE_BYTES = 64 * 1024 * 1024
+HEAD_BYTES = 1024 * 1024
+"""Color profiles and thumbnails stand before a JPEG file's size."""
+LARGE_PIXELS = 2_000_000
+"""Handing out more takes longer than Blender should wait for: threads do what they can of it."""
+PATIENCE_S = 3.0
+"""How long Blender's own thread is given to decode a picture for its icon."""
 
 
 class NoPicture(Exception):
     """There are no pixels to send; the message says why."""
 
 
-def picture_fields(image: bpy.types.Image, scene: bpy.types.Scene) -> dict[str, bytes | Array]:
-    """`picture` or `pixels` of a job.
+def job_fields(image: bpy.types.Image, mask: bpy.types.Image | None, scene: bpy.types.Scene) -> Steps:
+    """`picture` or `pixels`, and `mask_pixels`, of a job.
 
     Raises:
-        NoPicture: The file is missing, or nothing was rendered or painted yet.
+        NoPicture: A file is missing, or nothing was rendered or painted yet.
     """
+    mask_uid = None if mask is None else mask.session_uid
+    fields = yield from picture_fields(image, scene)
+    return fields if mask_uid is None else {**fields, **(yield from mask_fields(found(mask_uid)))}
+
+
+def picture_fields(image: bpy.types.Image, scene: bpy.types.Scene) -> Steps:
+    """`picture` or `pixels` of a job. Raises what `job_fields` raises."""
     if image.type in ("RENDER_RESULT", "COMPOSITING"):
-        return {"picture": _rendered_bytes(image, scene)}
-    data = file_bytes(image)
-    return {"picture": data} if data else {"pixels": array_of(pixels_of(image))}
+        return {"pixels": array_of((yield from _rendered_pixels(image, scene)))}
+    uid = image.session_uid
+    data = yield from file_bytes(image)
+    return {"picture": data} if data else {"pixels": array_of((yield from pixels_of(found(uid))))}
 
 
-def mask_fields(image: bpy.types.Image) -> dict[str, Array]:
+def mask_fields(image: bpy.types.Image) -> Steps:
     """`mask_pixels` of a job: the alpha of a picture that has one, else its brightness."""
-    pixels = pixels_of(image)
+    pixels = yield from pixels_of(image)
+    return {"mask_pixels": array_of((yield partial(_mask_of, pixels)))}
+
+
+def _mask_of(pixels: np.ndarray) -> np.ndarray:
     has_alpha = pixels.shape[2] == 4 and bool((pixels[..., 3] < 255).any())
-    channel = pixels[..., 3] if has_alpha else pixels[..., :3].max(2)
-    return {"mask_pixels": array_of(np.ascontiguousarray(channel))}
+    return np.ascontiguousarray(pixels[..., 3]) if has_alpha else pixels[..., :3].max(2)
+
+
+def found(uid: int) -> bpy.types.Image:
+    """A picture of the open file that was there some ticks ago.
+
+    Raises:
+        NoPicture: It is gone.
+    """
+    image = next((image for image in bpy.data.images if image.session_uid == uid), None)
+    if image is None:
+        raise NoPicture("The picture was removed while it was being read")
+    return image
+
+
+def is_large(*images: bpy.types.Image | None) -> bool:
+    """Whether Blender would be kept waiting by reading one of these."""
+    sizes = [size_of(image) for image in images if image is not None]
+    return any(width * height > LARGE_PIXELS for width, height in sizes)
+
+
+def until_decoded(*images: bpy.types.Image | None) -> Steps:
+    """Give Blender's own thread, which draws the icon of a chosen picture, the time to decode it."""
+    uids = [image.session_uid for image in images if image is not None and image.source == "FILE"]
+    end = time.monotonic() + PATIENCE_S
+    while not all(found(uid).has_data for uid in uids) and time.monotonic() < end:
+        yield partial(time.sleep, 0.02)
 
 
 def array_of(values: np.ndarray) -> Array:
@@ -44,24 +91,34 @@ def array_of(values: np.ndarray) -> Array:
     return Array(values.dtype.str.replace("|", ""), values.shape, values.data)
 
 
-def file_bytes(image: bpy.types.Image) -> bytes:
+def file_bytes(image: bpy.types.Image) -> Steps:
     """The picture's file when Blender shows it exactly as another program would read it, else nothing.
 
     Painted, generated and float pictures are not their files; neither is one that its EXIF tags turn, because Blender
     does not turn it.
     """
-    if image.source != "FILE" or image.is_dirty or image.is_float:
+    if image.source != "FILE" or image.is_dirty:
         return b""
     if image.packed_file is not None:
         data = bytes(image.packed_file.data)
     else:
-        path = Path(bpy.path.abspath(image.filepath_from_user(), library=image.library))
-        try:
-            data = path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else b""
-        except OSError:
-            return b""
-    is_plain = data.startswith(tuple(PLAIN_FORMATS)) and not is_turned(data)
-    return data if is_plain else b""
+        data = yield partial(_read, _path_of(image), MAX_FILE_BYTES)
+    head = head_of(data)
+    is_plain = data.startswith(tuple(PLAIN_FORMATS)) and not is_turned(data) and not (head is not None and head.is_deep)
+    return data if is_plain and len(data) <= MAX_FILE_BYTES else b""
+
+
+def _path_of(image: bpy.types.Image) -> Path:
+    return Path(bpy.path.abspath(image.filepath_from_user(), library=image.library))
+
+
+def _read(path: Path, n_bytes: int) -> bytes:
+    """The file's beginning, with one byte more than asked for where it is longer; nothing where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(n_bytes + 1)
+    except OSError:
+        return b""
 
 
 def is_turned(data: bytes) -> bool:
@@ -87,41 +144,111 @@ def orientation(data: bytes) -> int:
     return 0
 
 
-def upright_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a PNG or JPEG file as the engine turns it, without decoding it; None for other files."""
-    size = None
+@dataclass(frozen=True)
+class Head:
+    """What the head of a picture file says."""
+
+    width: int
+    height: int
+    has_alpha: bool = False
+    is_deep: bool = False
+    """More than eight bits a channel: Blender makes floats of them."""
+
+
+def head_of(data: bytes) -> Head | None:
+    """The head of a PNG, JPEG or WebP file, without decoding it; None for other files."""
     if data.startswith(b"\x89PNG"):
-        size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    elif data.startswith(b"\xff\xd8"):
+        width, height, depth, kind = _whole(data[16:20]), _whole(data[20:24]), data[24:25], data[25:26]
+        has_alpha = kind in (b"\4", b"\6") or b"tRNS" in data.partition(b"IDAT")[0]
+        return Head(width, height, has_alpha, depth == b"\x10")
+    if data.startswith(b"\xff\xd8"):
         at = 2
-        while size is None and at + 9 <= len(data) and data[at] == 0xFF:
+        while at + 9 <= len(data) and data[at] == 0xFF:
             # The frame header is the first of these markers, but for three that stand between them.
             if 0xC0 <= data[at + 1] <= 0xCF and data[at + 1] not in (0xC4, 0xC8, 0xCC):
-                size = int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return size[::-1] if size is not None and orientation(data) > 4 else size
+                return Head(_whole(data[at + 7 : at + 9]), _whole(data[at + 5 : at + 7]))
+            at += 2 + _whole(data[at + 2 : at + 4])
+    if data[:4] == b"RIFF" and data[12:16] == b"VP8X":
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        return Head(width, height, bool(data[20] & 0x10))
+    if data[:4] == b"RIFF" and data[12:16] == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return Head(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF), bool(bits >> 28 & 1))
+    if data[:4] == b"RIFF" and data[12:16] == b"VP8 ":
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+        return Head(width, height)
+    return None
 
 
-def pixels_of(image: bpy.types.Image) -> np.ndarray:
-    """(H, W, 4) uint8, sRGB, straight alpha, row 0 on top.
+def _whole(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+def upright_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a PNG, JPEG or WebP file as the engine turns it, without decoding it; None for other files."""
+    head = head_of(data)
+    if head is None:
+        return None
+    return (head.height, head.width) if orientation(data) > 4 else (head.width, head.height)
+
+
+def unread_head(image: bpy.types.Image) -> Head | None:
+    """The head of a picture's file while Blender has not decoded it: its own properties would, and Blender waits for that
+    half a second for a photo. None where only Blender knows."""
+    if image.has_data or image.source != "FILE":
+        return None
+    if image.packed_file is not None:
+        return head_of(bytes(image.packed_file.data))
+    return head_of(_read(_path_of(image), HEAD_BYTES))
+
+
+def size_of(image: bpy.types.Image) -> tuple[int, int]:
+    """Width and height, 0 where there are no pixels."""
+    head = unread_head(image)
+    return (head.width, head.height) if head is not None else tuple(image.size)
+
+
+def values_of(image: bpy.types.Image) -> Steps:
+    """Blender's own numbers, (height, width, channels) float32, bottom row first.
 
     Raises:
         NoPicture: There are none.
     """
+    uid, shape = image.session_uid, _shape_of(image)
+    # A large new array costs as much as its filling, because the system hands out every page of it at the first touch.
+    values = yield partial(np.full, shape, 0, np.float32)
+    image = found(uid)
+    if _shape_of(image) != shape:
+        raise NoPicture(f"The picture {image.name} was changed while it was being read")
+    image.pixels.foreach_get(values.ravel())
+    return values
+
+
+def _shape_of(image: bpy.types.Image) -> tuple[int, int, int]:
     width, height = image.size
-    n_values = len(image.pixels)
-    if not n_values or n_values != width * height * image.channels:
+    shape = (height, width, image.channels)
+    if not width or len(image.pixels) != height * width * image.channels:
         raise NoPicture(f"The picture {image.name} has no pixels: its file is missing or nothing was rendered yet")
-    values = np.empty(n_values, np.float32)
-    image.pixels.foreach_get(values)
-    if not image.is_float and image.channels == 4:
-        return _bytes_on_top(values.reshape(height, width, 4))
-    pixels = values.reshape(height, width, image.channels)[::-1]
+    return shape
+
+
+def pixels_of(image: bpy.types.Image) -> Steps:
+    """(H, W, 4) uint8, sRGB, straight alpha, row 0 on top. Raises what `values_of` raises."""
+    uid = image.session_uid
+    values = yield from values_of(image)
+    return (yield partial(_pixels_from, values, found(uid).is_float))
+
+
+def _pixels_from(values: np.ndarray, is_float: bool) -> np.ndarray:
+    height, width, channels = values.shape
+    if not is_float and channels == 4:
+        return _bytes_on_top(values)
+    pixels = values[::-1]
     rgba = np.ones((height, width, 4), np.float32)
-    rgba[..., : min(image.channels, 4)] = pixels[..., :4]
-    if image.channels == 1:
+    rgba[..., : min(channels, 4)] = pixels[..., :4]
+    if channels == 1:
         rgba[..., 1:3] = pixels
-    if image.is_float:
+    if is_float:
         rgba[..., :3] /= np.maximum(rgba[..., 3:], 1e-6)
         rgba[..., :3] = _linear_to_srgb(np.clip(rgba[..., :3], 0, 1))
     return (np.clip(rgba, 0, 1) * 255 + 0.5).astype(np.uint8)
@@ -145,28 +272,40 @@ def _linear_to_srgb(linear: np.ndarray) -> np.ndarray:
     return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
 
 
-def _rendered_bytes(image: bpy.types.Image, scene: bpy.types.Scene) -> bytes:
-    """A render result as a PNG file: only saving it gives its pixels. The output settings are put back."""
+def _rendered_pixels(image: bpy.types.Image, scene: bpy.types.Scene) -> Steps:
+    """The pixels of a render result, as of `pixels_of`: only saving it gives them, quickest as a raw Targa file. The output
+    settings are put back."""
     settings = scene.render.image_settings
     names = ("file_format", "color_mode", "color_depth", "compression")
     before = {name: getattr(settings, name) for name in names}
-    handle, path = tempfile.mkstemp(suffix=".png", dir=bpy.app.tempdir or None)
+    handle, path = tempfile.mkstemp(suffix=".tga", dir=bpy.app.tempdir or None)
     os.close(handle)
     try:
-        settings.file_format, settings.color_mode, settings.color_depth = "PNG", "RGBA", "8"
-        settings.compression = 0
+        settings.file_format, settings.color_mode = "TARGA_RAW", "RGBA"
         image.save_render(path, scene=scene)
-        data = Path(path).read_bytes()
     except RuntimeError as error:
+        Path(path).unlink(missing_ok=True)
         raise NoPicture(f"The render result cannot be read: {error}") from None
     finally:
         settings.file_format = before["file_format"]
         for name in names[1:]:
             setattr(settings, name, before[name])
-        Path(path).unlink(missing_ok=True)
-    if not data:
+    pixels = yield partial(_targa_pixels, Path(path))
+    if pixels is None:
         raise NoPicture("Nothing has been rendered yet")
-    return data
+    return pixels
+
+
+def _targa_pixels(path: Path) -> np.ndarray | None:
+    """The pixels of a raw Targa file of 32 bits a pixel, which is removed; None if it is no such file."""
+    data = path.read_bytes()
+    path.unlink()
+    if len(data) < 18 or data[2] != 2 or data[16] != 32:
+        return None
+    width, height = (int.from_bytes(data[at : at + 2], "little") for at in (12, 14))
+    bgra = np.frombuffer(data, np.uint8, width * height * 4, 18 + data[0]).reshape(height, width, 4)
+    is_top_first = data[17] & 0x20
+    return np.ascontiguousarray((bgra if is_top_first else bgra[::-1])[..., [2, 1, 0, 3]])
 
 
 def mesh_fields(item: bpy.types.Object, depsgraph: bpy.types.Depsgraph) -> dict[str, Array]:

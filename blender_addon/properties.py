@@ -52,6 +52,11 @@ BATCH_OUTPUTS = (
     ("LIBRARY", "Asset Library", "One .blend file with a marked asset for each picture"),
     ("GLB", "GLB Files", "One .glb file for each picture"),
 )
+BATCH_CAMERAS = (
+    ("GUESS", "Guess Elevation", "The engine guesses from each picture how high its camera stands"),
+    ("ELEVATION", "Same Elevation", "Every picture was taken from this height"),
+    ("CAMERA", "Reference Camera", "The scene's reference camera for every picture"),
+)
 # Prompts mean something to these only.
 PROMPTED = ("stable_diffusion", "mixture")
 
@@ -87,9 +92,11 @@ class ConradBatchSettings(bpy.types.PropertyGroup):
     out_folder: StringProperty(
         name="Output Folder", subtype="DIR_PATH", description="Folder for files and the list that a later run resumes"
     )
-    use_scene_camera: BoolProperty(
-        name="Use Reference Camera",
-        description="Take the scene's reference camera for every picture instead of the elevation below",
+    camera: EnumProperty(
+        name="Camera",
+        items=BATCH_CAMERAS,
+        default="GUESS",
+        description="Where the pictures were taken from; a side-car file may say otherwise for its picture",
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import bpy
 
-from . import camera, link, pictures, preferences, scene_tools
+from . import background, camera, link, pictures, preferences, scene_tools
 from .jobs import Notes
 from .properties import PROMPTED
 from .protocol import Submit, new_job_id
@@ -83,16 +86,14 @@ def extra_overrides(text: str) -> dict[str, str]:
 def _send(
     context: bpy.types.Context, settings: bpy.types.PropertyGroup, start: bpy.types.Object | None, kind: str
 ) -> Notes:
-    scene, image = context.scene, settings.image
-    fields = pictures.picture_fields(image, scene)
-    if settings.use_mask and settings.mask is not None:
-        fields |= pictures.mask_fields(settings.mask)
-    if start is not None:
-        fields |= pictures.mesh_fields(start, context.evaluated_depsgraph_get())
+    image, mask = settings.image, settings.mask if settings.use_mask else None
     overrides = {**extra_overrides(settings.extra), **(PROJECT_OVERRIDES if kind == "project" else {})}
-    if settings.is_elevation_guess:
+    # Without a camera and an elevation nobody has said how high it stands: the default is only a guess.
+    is_unsaid = settings.camera is None and not settings.is_property_set("elevation")
+    if settings.is_elevation_guess or is_unsaid:
         overrides["picture.is_elevation_known"] = False
-    notes = notes_of(settings, scene, kind)
+    mesh = {} if start is None else pictures.mesh_fields(start, context.evaluated_depsgraph_get())
+    notes = notes_of(settings, context.scene, kind)
     if start is not None:
         notes.place = "CAMERA"
     if kind == "project":
@@ -103,14 +104,52 @@ def _send(
         **camera_fields(notes.setup),
         **job_fields(settings),
         overrides=overrides,
-        **fields,
+        **mesh,
     )
     settings.file_id = link.file_token
     link.refresh_settings()
-    link.session().submit(request, notes)
+    link.session().table.add(notes)
+    steps = _sending(request, notes, image, mask, context.scene)
+    if pictures.is_large(image, mask):
+        # The engine is wanted when the job is sent: its start would take the processor from what Blender waits for.
+        background.start(_sending_later(steps, notes, image, mask))
+    else:
+        background.finish(steps)
     link.sync_list()
     link.wake()
     return notes
+
+
+def _sending(
+    request: Submit, notes: Notes, image: bpy.types.Image, mask: bpy.types.Image | None, scene: bpy.types.Scene
+) -> background.Steps:
+    """Add the picture to a job that is in the list, and send it. Raises NoPicture."""
+    session = link.session()
+    try:
+        fields = yield from pictures.job_fields(image, mask, scene)
+    except pictures.NoPicture:
+        session.table.remove(notes.job)
+        raise
+    request = replace(request, **fields)
+    yield partial(session.table.keep_request, request)
+    if notes.job in session.table.jobs:
+        session.submit(request, notes)
+    else:
+        # It was cancelled meanwhile.
+        session.table.confirmed(notes.job)
+
+
+def _sending_later(
+    steps: background.Steps, notes: Notes, image: bpy.types.Image, mask: bpy.types.Image | None
+) -> background.Steps:
+    """The same at the ticks to come."""
+    try:
+        yield from pictures.until_decoded(image, mask)
+        yield from steps
+    except pictures.NoPicture as error:
+        link.session().table.remove(notes.job)
+        link.session().problem = f"{notes.name}: {error}"
+        link.sync_list()
 
 
 def job_fields(settings: bpy.types.PropertyGroup) -> dict:

@@ -22,6 +22,7 @@ from .protocol import (
     READY,
     REFUSED,
     Accepted,
+    Cancel,
     Connection,
     CurveKeys,
     ElevationGuess,
@@ -95,8 +96,9 @@ class Session:
 
     def submit(self, request: Submit, notes: Notes) -> Job:
         """Send a job; it is kept until the engine has confirmed it."""
-        job = self.table.add(notes)
-        self.table.keep_request(request)
+        job = self.table.jobs.get(notes.job) or self.table.add(notes)
+        if not self.table.is_kept(request.job):
+            self.table.keep_request(request)
         self._unsent[request.job] = request
         if self.client is not None:
             self._send(request)
@@ -126,10 +128,13 @@ class Session:
             self.ask(Fetch(job.id, ARRAYS))
 
     def forget(self, job: Job) -> None:
-        """Remove an ended job and its files."""
+        """Remove an ended job and its files, or one that the engine has not confirmed yet."""
         if job.state is None:
-            self._unsent.pop(job.id, None)
+            was_sent = self._unsent.pop(job.id, None) is not None and self.client is not None
             self.table.remove(job.id)
+            if was_sent:
+                # It may be on its way: it then comes back as a cancelled one.
+                self.ask(Cancel(job.id))
         else:
             self.ask(Forget(job.id))
 

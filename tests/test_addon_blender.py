@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 import venv
@@ -108,8 +109,15 @@ def test_what_it_shows(name, interpreter, zip_path, engine_python, tmp_path, run
     print(run_script(name, interpreter, tmp_path, str(zip_path), engine_python, str(tmp_path / "data")))
 
 
+def moments(n_random: int) -> list:
+    """Seconds after Generate: three usual ones, and random ones up to the time when the result is in the scene."""
+    generator = random.Random(0)
+    drawn = [f"{generator.uniform(0, 10):.2f}" for _ in range(n_random)]
+    return ["0", "0.8", "2", *(pytest.param(seconds, marks=pytest.mark.slow) for seconds in drawn)]
+
+
 @pytest.mark.parametrize("interpreter", FOUND)
-@pytest.mark.parametrize("seconds", ["0", "0.8", "2"])
+@pytest.mark.parametrize("seconds", moments(n_random=20))
 def test_it_shows_the_result_of_a_killed_blender(seconds, interpreter, zip_path, engine_python, tmp_path, run_script):
     (tmp_path / "data").mkdir()
     arguments = (str(zip_path), engine_python, str(tmp_path / "data"))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from blender_addon import engine_setup
-from blender_addon.child import Child, clean_environment, tail
+from blender_addon import background, engine_setup
+from blender_addon.child import CANNOT_RUN, Child, clean_environment, tail
 from blender_addon.engine_state import EngineSettings, State
 from blender_addon.jobs import JobTable, Notes
 from blender_addon.launcher import MAX_FAILURES, CannotStart, Launcher
@@ -95,6 +95,37 @@ def test_no_restart_within_five_seconds(tmp_path):
 def test_an_interpreter_that_is_not_there(tmp_path):
     with pytest.raises(CannotStart, match="cannot be started"):
         Launcher(tmp_path).start(str(tmp_path / "none"), [], by_person=True)
+
+
+def test_an_interpreter_that_cannot_be_loaded(tmp_path):
+    """What the thread that starts it finds out is told like a crash."""
+    python = tmp_path / "python"
+    python.write_bytes(b"no program")
+    python.chmod(0o755)
+    launcher = Launcher(tmp_path)
+    launcher.start(str(python), [], by_person=True)
+    until(lambda: launcher.poll() == "ended")
+    assert launcher.exit_code == CANNOT_RUN and f"{python} cannot be started" in launcher.crash_report()
+    launcher.end()
+
+
+def test_steps_go_on_from_tick_to_tick_and_what_fails_in_a_thread_is_theirs():
+    def steps():
+        told.append((yield lambda: 7))
+        try:
+            yield lambda: 1 // 0
+        except ZeroDivisionError:
+            told.append("no number")
+        return len(told)
+
+    told = []
+    background.start(steps())
+    until(lambda: not background.go_on())
+    assert told == [7, "no number"]
+    assert background.finish(x for x in ()) is None
+    background.start(steps())
+    background.clear()
+    assert not background.go_on() and told == [7, "no number"]
 
 
 def test_an_engine_that_does_not_stop_is_killed_and_no_other(tmp_path):

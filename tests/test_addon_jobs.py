@@ -185,6 +185,8 @@ def test_a_side_car_is_read_and_may_be_missing(tmp_path):
     assert batch.sidecar(tmp_path / "a.png") == {}
     (tmp_path / "a.json").write_text('{"seed": 3, "size": 2, "overrides": {"optimize.n_steps": 5}}')
     assert batch.sidecar(tmp_path / "a.png") == {"seed": 3, "size": 2, "overrides": {"optimize.n_steps": 5}}
+    (tmp_path / "a.json").write_text('{"elevation_deg": "auto"}')
+    assert batch.sidecar(tmp_path / "a.png") == {"elevation_deg": batch.AUTO}
 
 
 def test_names_and_places_are_distinct():

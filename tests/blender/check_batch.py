@@ -125,7 +125,7 @@ def check_scene_camera(folder: Path) -> None:
     """The scene's reference camera for every picture; without one each picture says what is missing."""
     batch_run, table = part("batch_run"), part("link").session().table
     settings = empty_scene().conrad
-    settings.preset, settings.batch.use_scene_camera = "draft", True
+    settings.preset, settings.batch.camera = "draft", "CAMERA"
     opened = batch_run.run(str(folder / "in"), str(folder / "no_camera"), "GLB", pattern="cup.png", timeout_s=60)
     assert "no reference camera" in opened.items[0].error
     settings.image = bpy.data.images.load(str(folder / "in" / "cup.png"))
@@ -134,6 +134,30 @@ def check_scene_camera(folder: Path) -> None:
     setup = table.jobs[opened.items[0].job].notes.setup
     assert opened.items[0].state == "done" and (setup["width"], setup["height"]) == (32, 24)
     assert setup == part("camera").job_setup(settings.camera, settings.image)
+
+
+def check_elevations(folder: Path) -> None:
+    """The engine guesses unless the scene, or the side-car for its picture, says how high the camera stands."""
+    batch, batch_run = part("batch"), part("batch_run")
+    scene = empty_scene()
+    opened = batch_run.current = batch.Batch(folder / "in", folder / "elevations", [batch.Item("cup.png")])
+
+    def sent(camera: str, **own: object) -> tuple:
+        scene.conrad.batch.camera = camera
+        (folder / "in" / "cup.json").write_text(json.dumps(own))
+        request, _ = batch_run._request(opened.items[0], scene)
+        names = ("elevation_deg", "is_elevation_known", "guess_elevation")
+        return tuple(request.overrides.get(f"picture.{name}") for name in names)
+
+    assert scene.conrad.batch.camera == "GUESS"
+    assert sent("GUESS") == (None, None, None), "without an elevation the engine guesses"
+    assert sent("GUESS", elevation_deg=20) == (20.0, None, None)
+    scene.conrad.elevation, scene.conrad.is_elevation_guess = np.radians(30), True
+    assert np.isclose(sent("ELEVATION")[0], 30) and sent("ELEVATION")[1] is False
+    assert sent("ELEVATION", elevation_deg="auto") == (None, None, None)
+    assert sent("CAMERA", elevation_deg="auto") == (None, None, None), "it needs no camera then"
+    (folder / "in" / "cup.json").unlink()
+    batch_run.current = None
 
 
 def check_retry(folder: Path) -> None:
@@ -160,6 +184,7 @@ def run() -> None:
     check_library(folder)
     check_retry(folder)
     check_scene_camera(folder)
+    check_elevations(folder)
 
 
 if __name__ == "__main__":

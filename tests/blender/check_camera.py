@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import bpy
 import numpy as np
@@ -104,6 +105,28 @@ def check_outline() -> None:
         bpy.data.images.remove(image)
 
 
+def check_fit_later() -> None:
+    """In a window the outline of a large picture is found while Blender goes on; a camera that was moved stays there."""
+    camera, background = part("camera"), part("background")
+    scene = empty_scene()
+    image = scene.conrad.image = new_picture(1800, 1500, (300, 200, 1000, 1300))
+    bpy.ops.conrad.add_camera()
+    item = scene.conrad.camera
+    fitted = camera.pose_of(item)
+    for is_moved in (False, True):
+        camera.fit_to_box(item, image, None)
+        background.start(camera._fit_later(item, image))
+        item.location.x += 1.0 * is_moved
+        before = camera.pose_of(item)
+        while background.go_on():
+            time.sleep(0.01)
+        assert np.allclose(camera.pose_of(item), before if is_moved else fitted, atol=1e-6)
+    background.start(camera._fit_later(item, image))
+    bpy.data.images.remove(image)
+    while background.go_on():
+        time.sleep(0.01)
+
+
 def check_sliders() -> None:
     scene = bpy.context.scene
     own = scene.conrad.camera.conrad
@@ -175,6 +198,7 @@ def check_deletion() -> None:
 
 def run() -> None:
     check_projection()
+    check_fit_later()
     check_adding()
     check_outline()
     check_sliders()

@@ -114,17 +114,17 @@ def check_own_presets() -> None:
 
 def check_mask() -> None:
     """A mask is the alpha of a picture that has one, else its brightness; its top is the picture's top."""
-    pictures = part("pictures")
+    pictures, finish = part("pictures"), part("background").finish
     mask = bpy.data.images.new("mask", 4, 2, alpha=True)
     bright = np.zeros((2, 4, 4), np.float32)
     bright[..., 3], bright[1, :2, 1] = 1, 1
     mask.pixels.foreach_set(bright.ravel())
-    array = pictures.mask_fields(mask)["mask_pixels"]
+    array = finish(pictures.mask_fields(mask))["mask_pixels"]
     found = np.frombuffer(array.data, np.uint8).reshape(array.shape)
     assert found.tolist() == [[255, 255, 0, 0], [0, 0, 0, 0]], found
     bright[0, 3, 3] = 0.5
     mask.pixels.foreach_set(bright.ravel())
-    array = pictures.mask_fields(mask)["mask_pixels"]
+    array = finish(pictures.mask_fields(mask))["mask_pixels"]
     found = np.frombuffer(array.data, np.uint8).reshape(array.shape)
     assert found.tolist() == [[255, 255, 255, 255], [255, 255, 255, 128]], found
 

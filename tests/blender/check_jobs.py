@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import bpy
 import numpy as np
@@ -85,7 +86,14 @@ def check_without_camera() -> None:
     scene = bpy.context.scene
     scene.conrad.camera = None
     scene.cursor.location = (4, 0, 1)
+    unsent, name = part("link").session()._unsent, "picture.is_elevation_known"
     job = submit("cup", place="CURSOR", size=0.25)
+    assert unsent[job.id].overrides[name] is False, "nobody has said how high the camera stands"
+    other = submit("cup", elevation=0.3)
+    assert name not in unsent[other.id].overrides
+    bpy.ops.conrad.cancel(job=other.id)
+    assert other.id not in table().jobs, "it was cancelled before the engine has said anything"
+    pump_until(lambda: other.id in table().jobs and table().jobs[other.id].state_name == "cancelled")
     pump_until(lambda: made_by(job))
     [item] = made_by(job)
     bpy.context.view_layer.update()
@@ -186,27 +194,29 @@ def check_waiting_in_another_file(folder: Path) -> None:
 
 def check_pictures_of_all_kinds(folder: Path) -> None:
     """Files go as they are; painted, float, turned and rendered pictures go as they look."""
-    pictures = part("pictures")
+    pictures, finish = part("pictures"), part("background").finish
     scene = bpy.context.scene
     image = painted("saved", 40, 30)
     image.filepath_raw, image.file_format = str(folder / "saved.png"), "PNG"
     image.save()
     loaded = bpy.data.images.load(str(folder / "saved.png"))
-    assert pictures.picture_fields(loaded, scene)["picture"] == (folder / "saved.png").read_bytes()
+    assert pictures.size_of(loaded) == (40, 30)
+    assert finish(pictures.picture_fields(loaded, scene))["picture"] == (folder / "saved.png").read_bytes()
+    assert not loaded.has_data, "Blender does not wait for its decoding"
     loaded.pack()
     (folder / "saved.png").unlink()
-    assert pictures.picture_fields(loaded, scene)["picture"].startswith(b"\x89PNG")
+    assert finish(pictures.picture_fields(loaded, scene))["picture"].startswith(b"\x89PNG")
     loaded.pixels[0] = 0.5
-    array = pictures.picture_fields(loaded, scene)["pixels"]
+    array = finish(pictures.picture_fields(loaded, scene))["pixels"]
     assert array.shape == (30, 40, 4) and array.dtype == "u1"
     pixels = np.frombuffer(array.data, np.uint8).reshape(array.shape)
     assert pixels[-1, 0, 0] == 128, "row 0 is on top"
     deep = bpy.data.images.new("float", 2, 2, float_buffer=True)
     deep.pixels.foreach_set(np.tile(np.float32([0.21404, 0, 0, 1]), 4))
-    assert abs(int(pictures.pixels_of(deep)[0, 0, 0]) - 128) <= 1, "linear becomes sRGB"
+    assert abs(int(finish(pictures.pixels_of(deep))[0, 0, 0]) - 128) <= 1, "linear becomes sRGB"
     missing = bpy.data.images.load(str(folder / "first.blend"))
     try:
-        pictures.picture_fields(missing, scene)
+        finish(pictures.picture_fields(missing, scene))
     except pictures.NoPicture as error:
         assert "has no pixels" in str(error)
     else:
@@ -218,24 +228,58 @@ def check_pictures_of_all_kinds(folder: Path) -> None:
     assert pictures.upright_size(photo) == (40, 30)
     assert pictures.upright_size(photo[:2] + turned[2:] + b"\0\0" + photo[2:]) == (30, 40), "a phone held upright"
     assert pictures.upright_size(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x07\0\0\0\x05") == (7, 5)
+    for file_format, name in (("PNG", "head.png"), ("WEBP", "head.webp")):
+        image.filepath_raw, image.file_format = str(folder / name), file_format
+        image.save()
+        assert pictures.head_of((folder / name).read_bytes()) == pictures.Head(40, 30, has_alpha=True), name
     assert pictures.upright_size(b"RIFF") is None
     assert pictures.is_turned(turned) and not pictures.is_turned(turned.replace(b"\x06\0\0\0", b"\x01\0\0\0"))
 
 
+def check_large_pictures() -> None:
+    """Generate returns before a large picture was read; until it is sent the job can be cancelled, or fails in words."""
+    session, scene = part("link").session(), bpy.context.scene
+
+    def sending() -> Any:
+        scene.conrad.image = painted("large", 1700, 1300)
+        job = submit("large")
+        assert job.state is None and job.is_active and job.id not in session._unsent
+        return job
+
+    sent = sending()
+    pump_until(lambda: sent.state is not None)
+    bpy.ops.conrad.cancel(job=sent.id)
+    pump_until(lambda: not sent.is_active)
+    bpy.ops.conrad.cancel(job=sending().id)
+    pump_until(lambda: not part("background")._running)
+    assert not session.problem
+    sending()
+    bpy.data.images.remove(scene.conrad.image)
+    pump_until(lambda: not part("background")._running)
+    assert "removed while" in session.problem
+    assert not table().unsent() and [job.name for job in table().jobs.values()].count("large") == 1
+    session.problem = ""
+
+
 def check_render_result() -> None:
     """What was rendered last is a picture too; nothing rendered says so, and the output settings stay as they were."""
-    pictures, camera = part("pictures"), part("camera")
+    pictures, camera, finish = part("pictures"), part("camera"), part("background").finish
     scene = bpy.context.scene
     scene.render.engine, scene.cycles.samples = "CYCLES", 1
     scene.render.resolution_x, scene.render.resolution_y, scene.render.resolution_percentage = 48, 32, 50
     scene.camera = next(item for item in bpy.data.objects if item.type == "CAMERA")
-    scene.render.image_settings.file_format = "JPEG"
+    scene.render.film_transparent = True
     bpy.ops.render.render()
     image = bpy.data.images["Render Result"]
     assert camera.picture_size(image) == (24, 16)
-    data = pictures.picture_fields(image, scene)["picture"]
-    assert data.startswith(b"\x89PNG") and data[16:24] == bytes([0, 0, 0, 24, 0, 0, 0, 16])
-    assert scene.render.image_settings.file_format == "JPEG"
+    settings = scene.render.image_settings
+    settings.file_format, settings.color_mode = "PNG", "RGBA"
+    image.save_render(bpy.app.tempdir + "render.png")
+    saved = bpy.data.images.load(bpy.app.tempdir + "render.png")
+    settings.file_format, settings.color_mode = "JPEG", "RGB"
+    array = finish(pictures.picture_fields(image, scene))["pixels"]
+    assert array.shape == (16, 24, 4) and bytes(array.data) == finish(pictures.pixels_of(saved)).tobytes()
+    assert (settings.file_format, settings.color_mode) == ("JPEG", "RGB")
     scene.render.resolution_percentage = 100
 
 
@@ -261,6 +305,7 @@ def run() -> None:
         check_start_mesh,
         lambda: check_waiting_in_another_file(folder),
         lambda: check_pictures_of_all_kinds(folder),
+        check_large_pictures,
         check_render_result,
         check_stop,
     ):

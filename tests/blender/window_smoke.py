@@ -285,7 +285,7 @@ def main() -> int:
         window.run(f'blender -b --python-expr "{INSTALL.format(INSIDE)}"')
         window.start(
             f"blender --window-geometry 0 0 {SIZE[0]} {SIZE[1]} --python {INSIDE}/window_state.py --"
-            f" {INSIDE}/state.json {INSIDE}/data {INSIDE}/listed.png",
+            f" {INSIDE}/state.json {INSIDE}/data {INSIDE}/listed.png optimize.n_steps={80 if options.real else 200}",
             "blender.log",
         )
         drive(window, job_limit_s=900 if options.real else 60)

@@ -1,6 +1,6 @@
 """Runs inside the Blender window of window_smoke.py: prepares it and tells its state through a file.
 
-blender --python window_state.py -- STATE_FILE DATA_FOLDER PICTURE
+blender --python window_state.py -- STATE_FILE DATA_FOLDER PICTURE MORE_SETTINGS
 
 A file "command" beside the state file is one line of `COMMANDS`, done once, for what the mouse cannot do reliably.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import bpy
 
 MODULE = "bl_ext.user_default.conrad"
-STATE_FILE, DATA_FOLDER, PICTURE = sys.argv[sys.argv.index("--") + 1 :][:3]
+STATE_FILE, DATA_FOLDER, PICTURE, MORE_SETTINGS = sys.argv[sys.argv.index("--") + 1 :]
 
 longest_s: dict[str, tuple[float, float]] = {}
 """Wall and own processor seconds of the longest call of everything that Blender calls, by its name."""
@@ -79,7 +79,7 @@ def prepare() -> None:
             bpy.data.objects.remove(item)
     image = bpy.data.images.load(PICTURE)
     image.name, image.use_fake_user = "slow pot", True
-    bpy.context.scene.conrad.preset = "draft"
+    bpy.context.scene.conrad.preset, bpy.context.scene.conrad.extra = "draft", MORE_SETTINGS
     bpy.ops.ed.undo_push(message="Prepared")
 
 
