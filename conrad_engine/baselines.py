@@ -50,8 +50,9 @@ BASELINES: dict[str, dict[str, object]] = {
         "optimize.mask_weight": 0.5,
         "render.size": 96,
     },
-    # NeuralLift-360 (arXiv:2211.16431): text SDS, picture loss, order of depths, distortion. Lacks its CLIP guidance and the
-    # fine-tuning of the diffusion model on the picture; its depth loss fades out here.
+    # NeuralLift-360 (arXiv:2211.16431): text SDS, picture loss, order of depths, distortion, CLIP. Lacks CLIP inside the
+    # diffusion model's step (see guidance/clip.py) and the fine-tuning of that model on the picture; its depth loss fades
+    # out here.
     "neurallift": LOSS_BASED
     | TEXT_SDS
     | {
@@ -62,6 +63,8 @@ BASELINES: dict[str, dict[str, object]] = {
         "optimize.depth_weight": 10.0,
         "optimize.depth_loss": "ranking",
         "optimize.distortion_weight": 0.1,
+        "clip.weight": 1.0,
+        "clip.weight_aside": 0.5,
         "render.size": 128,
     },
     # Zero123 distilled by score, as threestudio's configuration of it does (600 steps, CFG 3).

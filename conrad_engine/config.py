@@ -390,6 +390,28 @@ class SeedingConfig:
 
 
 @dataclass(frozen=True)
+class ClipConfig:
+    """New views are to look like the picture to CLIP (NeuralLift-360, arXiv:2211.16431), besides what the prior wants."""
+
+    weight: float = 0.0
+    """Of the loss in views from the front; NeuralLift-360's code has 1. CLIP is not loaded where both weights are 0."""
+    weight_aside: float = 0.0
+    """The same in views turned away more than 60 degrees; NeuralLift-360 has half there, of another such loss."""
+    model: str = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    """Hub id or local folder of any CLIP model in the layout of transformers."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """Its precision is always float32."""
+
+    def __post_init__(self) -> None:
+        _check(self.weight >= 0 and self.weight_aside >= 0, "the weights of CLIP's loss must not be negative")
+        _check(bool(self.model), "clip.model must be a hub id or a folder")
+
+    @property
+    def is_used(self) -> bool:
+        return self.weight > 0 or self.weight_aside > 0
+
+
+@dataclass(frozen=True)
 class OptimizeConfig:
     """The optimisation loop."""
 
@@ -502,6 +524,7 @@ class PipelineConfig:
     render: RenderConfig = field(default_factory=RenderConfig)
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
     guidance: GuidanceConfig = field(default_factory=EmbeddedPriorConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seeding: SeedingConfig = field(default_factory=SeedingConfig)

@@ -11,7 +11,7 @@ import torch
 from .cameras import Camera
 from .config import PipelineConfig
 from .errors import Cancelled, OptimizationError
-from .guidance.interfaces import Guidance
+from .guidance.interfaces import Guidance, Likeness
 from .monitor import Command, Monitor, Progress
 from .ranks import Ranks
 from .state import State, n_total_steps
@@ -37,6 +37,7 @@ def optimize(
     save: Callable[[State], None],
     show: Callable[[State], None],
     ranks: Ranks = ALONE,
+    likeness: Likeness | None = None,
 ) -> None:
     """Run from `state.step` to the end of the schedule.
 
@@ -49,6 +50,7 @@ def optimize(
         save: Writes a checkpoint.
         show: Sends a preview if the monitor wants one.
         ranks: This process among several that share the views; the first one's monitor counts.
+        likeness: A further loss of distilled views; has its reference set.
 
     Raises:
         Cancelled: The monitor asked for it; the checkpoint is written.
@@ -61,7 +63,8 @@ def optimize(
         sample_warm_start(state, guidance, condition, config, monitor)
         ranks.take_over([state.sampled, *state.field.state_dict().values()])
         save(state)
-    train_step, terms, n_skipped = TrainStep(state, guidance, condition, config, ranks), {}, state.n_skipped
+    train_step = TrainStep(state, guidance, condition, config, ranks, likeness)
+    terms, n_skipped = {}, state.n_skipped
     started, first_step = time.monotonic(), state.step
     while state.step < n_total:
         command = COMMANDS[int(ranks.agree(COMMANDS.index(_wait_while_paused(state, monitor, show))))]

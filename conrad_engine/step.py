@@ -15,7 +15,7 @@ from .cameras import Camera
 from .config import PipelineConfig
 from .errors import InputError
 from .graphs import GraphedStep
-from .guidance.interfaces import Guidance, GuidanceResult, SplitGuidance
+from .guidance.interfaces import Guidance, GuidanceResult, Likeness, SplitGuidance
 from .ranks import Ranks, taken
 from .rendering.compositing import distortion
 from .rendering.renderer import Rendering, render_rays
@@ -64,8 +64,9 @@ class TrainStep:
         condition: Camera,
         config: PipelineConfig,
         ranks: Ranks = ALONE,
+        likeness: Likeness | None = None,
     ) -> None:
-        self.state, self.guidance, self.config, self.ranks = state, guidance, config, ranks
+        self.state, self.guidance, self.likeness, self.config, self.ranks = state, guidance, likeness, config, ranks
         self.condition, self.tangent = condition, half_angle_tangent(condition)
         self.generator = torch.Generator(device=state.device)
         can_be_split = guidance is None or isinstance(guidance, SplitGuidance)
@@ -181,8 +182,8 @@ class TrainStep:
         self._is_prepared = False
         state.adam.zero_grad()
         terms = self._reference_terms(drawn)
-        name, rendering, term = self._fit(*drawn.views) if self.is_fit else self._distilled(*drawn.views)
-        terms[name] = term
+        rendering, of_views = self._fit(*drawn.views) if self.is_fit else self._distilled(*drawn.views)
+        terms |= of_views
         if self.progress > ENTROPY_FROM:
             terms["entropy"] = settings.entropy_weight * losses.entropy_loss(rendering.opacities)
         if settings.distortion_weight:
@@ -225,15 +226,15 @@ class TrainStep:
                 terms["depth"] = terms.get("depth", 0) + settings.depth_weight * draws.fade * depth_term
         return terms
 
-    def _fit(self, pixels: Tensor, places: Tensor, jitter: Tensor) -> tuple[str, Rendering, Tensor]:
+    def _fit(self, pixels: Tensor, places: Tensor, jitter: Tensor) -> tuple[Rendering, dict[str, Tensor]]:
         """Random rays of the sampled views against what they should see."""
         origins, directions, wanted = self._sampled.rays(pixels, places)
         rendering = self._render(origins, directions, jitter)
-        return "fit", rendering, FIT_WEIGHT * losses.picture_loss(rendering.rgba, wanted)
+        return rendering, {"fit": FIT_WEIGHT * losses.picture_loss(rendering.rgba, wanted)}
 
     def _distilled(
         self, numbers: Tensor, reach: Tensor, jitter: Tensor, draws: tuple[Any, ...]
-    ) -> tuple[str, Rendering, Tensor]:
+    ) -> tuple[Rendering, dict[str, Tensor]]:
         """Random views against what the prior makes of them."""
         mine = self.ranks.share(numbers.shape[1])
         cameras = random_cameras(numbers, reach, self.state.half_frame, self.tangent, self.config)[mine]
@@ -242,7 +243,10 @@ class TrainStep:
         rgba = _as_pictures(rendering.rgba, cameras)
         gradient = self._guide(rgba.detach(), cameras, draws).gradient
         # Score distillation, arXiv:2209.14988, Eq. 3: a given gradient as the loss whose gradient it is.
-        return "sds", rendering, SDS_WEIGHT * (rgba * gradient).mean()
+        terms = {"sds": SDS_WEIGHT * (rgba * gradient).mean()}
+        if self.likeness is not None:
+            terms["clip"] = self.likeness.loss(rgba, cameras)
+        return rendering, terms
 
     def _guide(self, rgba: Tensor, cameras: Camera, draws: tuple[Any, ...]) -> GuidanceResult:
         if isinstance(self.guidance, SplitGuidance):

@@ -54,7 +54,11 @@ def test_a_baseline_runs_from_picture_to_files(tmp_path, name):
     np.save(tmp_path / "depth.npy", depth)
     changes = {"guidance.model": str(tiny.write_stable_diffusion(tmp_path / "sd1")), "field.kind": "dense_volume"}
     changes |= {"optimize.n_steps": 4, "mesh.resolution": 24}
-    changes |= {"guidance.word_steps": 1} if name == "realfusion" else {}
+    own = {
+        "realfusion": {"guidance.word_steps": 1},
+        "neurallift": {"clip.model": str(tiny.write_clip(tmp_path / "clip"))},
+    }
+    changes |= own[name]
     config = with_overrides(preset("draft"), overrides_of(name) | SMALL | changes)
     given = {"depth": tmp_path / "depth.npy"} if name == "neurallift" else {}
     job = Job(png_bytes(figure_rgba()), config, **given)
@@ -68,4 +72,4 @@ def test_a_baseline_runs_from_picture_to_files(tmp_path, name):
     assert result.metrics["n_skipped_steps"] == 0 and result.glb.stat().st_size > 1000
     word = tmp_path / "out" / FILE_NAME
     assert word.is_file() == (name == "realfusion")
-    assert {"sds", "picture", "mask"} <= seen and ("depth" in seen) == (name == "neurallift")
+    assert {"sds", "picture", "mask"} <= seen and ({"depth", "clip"} <= seen) == (name == "neurallift")
