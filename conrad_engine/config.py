@@ -100,6 +100,8 @@ class RenderConfig:
 
     size: int = 64
     """Pixels a side of the views shown to the prior."""
+    fine_size: int = 256
+    """The same in the fine stage."""
     n_samples: int = 64
     """Samples a ray across the field's box."""
     occupancy_resolution: int = 48
@@ -317,6 +319,8 @@ class MixtureConfig:
     zero123_start: float = 40.0
     """The same for Zero123 (Magic123, arXiv:2306.17843, section 3.2: 40 against 1)."""
     zero123_end: float = 40.0
+    zero123_fine: float = 1.0
+    """Factor on Zero123's weight in the fine stage; Magic123's code goes from 40 against 1 to 10 against 1."""
     stable_diffusion_start: float = 1.0
     """The same for Stable Diffusion."""
     stable_diffusion_end: float = 1.0
@@ -330,6 +334,7 @@ class MixtureConfig:
         pairs = [(getattr(self, f"{name}_start"), getattr(self, f"{name}_end")) for name in self.parts]
         _check(all(weight >= 0 for pair in pairs for weight in pair), "the weights of a mixture must not be negative")
         _check(any(weight > 0 for pair in pairs for weight in pair), "a mixture needs at least one positive weight")
+        _check(self.zero123_fine >= 0, f"zero123_fine must not be negative, not {self.zero123_fine:g}")
         _check(0 <= self.spare_seen <= 1, f"spare_seen must lie between 0 and 1, not {self.spare_seen}")
 
     @property
@@ -427,6 +432,9 @@ class OptimizeConfig:
     """Start from the visual hull of these views instead of the blob."""
     n_steps: int = 150
     """Steps of score distillation after it; 0 is allowed."""
+    fine_steps: int = 0
+    """Steps of a fine stage after them: the same field, seen in larger views (render.fine_size), and learning rates that
+    start again. Works with every prior; Magic123 has such a stage, on a mesh."""
     n_views: int = 2
     """Views a step."""
     rate: float = 0.06
@@ -460,6 +468,10 @@ class OptimizeConfig:
         _check(
             self.n_gpus >= 1 and (self.n_gpus == 1 or self.n_views % self.n_gpus == 0),
             f"the {self.n_views} views of a step cannot be shared by {self.n_gpus} GPUs: set optimize.n_views to a multiple",
+        )
+        _check(
+            self.fine_steps == 0 or (self.fine_steps > 0 and self.n_steps > 0),
+            f"optimize.fine_steps must be 0 or more, and needs optimize.n_steps before it, not {self.fine_steps}",
         )
         _check(self.capture in ("auto", "off"), f"unknown capture {self.capture!r}: use auto or off")
         _check(

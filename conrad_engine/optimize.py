@@ -14,7 +14,7 @@ from .errors import Cancelled, OptimizationError
 from .guidance.interfaces import Guidance, Likeness
 from .monitor import Command, Monitor, Progress
 from .ranks import Ranks
-from .state import State, n_total_steps
+from .state import State, n_coarse_steps, n_total_steps
 from .step import ALONE, TrainStep
 from .warm_start import sample_warm_start
 
@@ -56,8 +56,8 @@ def optimize(
         Cancelled: The monitor asked for it; the checkpoint is written.
         OptimizationError: Non-finite values in a row, or out of memory at one view a step.
     """
-    n_warm = n_total_steps(config) - config.optimize.n_steps
-    n_total = n_total_steps(config)
+    n_coarse, n_total = n_coarse_steps(config), n_total_steps(config)
+    n_warm = n_coarse - config.optimize.n_steps
     read_every = 1 if state.device.type == "cpu" else READ_EVERY
     if n_warm and state.sampled is None and state.step < n_warm:
         sample_warm_start(state, guidance, condition, config, monitor)
@@ -73,6 +73,8 @@ def optimize(
         if command is Command.CANCEL:
             save(state)
             raise Cancelled(f"cancelled at step {state.step} of {n_total}; the checkpoint is kept")
+        if state.step == n_coarse:
+            started, first_step = time.monotonic(), state.step  # steps of the fine stage take longer
         try:
             found = train_step()
         except torch.cuda.OutOfMemoryError:

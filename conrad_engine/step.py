@@ -12,14 +12,14 @@ from torch import Tensor
 
 from . import losses
 from .cameras import Camera
-from .config import PipelineConfig
+from .config import OptimizeConfig, PipelineConfig
 from .errors import InputError
 from .graphs import GraphedStep
 from .guidance.interfaces import Guidance, GuidanceResult, Likeness, SplitGuidance
 from .ranks import Ranks, taken
 from .rendering.compositing import distortion
 from .rendering.renderer import Rendering, render_rays
-from .state import State, n_total_steps
+from .state import State, n_coarse_steps
 from .warm_start import N_SAMPLED_RAYS, SampledViews, half_angle_tangent, view_cameras
 
 FIT_WEIGHT = 4.0
@@ -75,7 +75,8 @@ class TrainStep:
         # What several GPUs exchange stays outside of a graph; the guidance captures itself then.
         is_wanted = config.optimize.capture == "auto" and can_be_split and ranks.count == 1
         self.graphed = GraphedStep(self._on_device, state.device, enabled=is_wanted)
-        self.n_warm = n_total_steps(config) - config.optimize.n_steps
+        self.n_coarse = n_coarse_steps(config)
+        self.n_warm = self.n_coarse - config.optimize.n_steps
         self._captured_structure: tuple = ()
         self._is_prepared = False
 
@@ -90,7 +91,8 @@ class TrainStep:
         self.generator.manual_seed(self.config.seed * 1_000_003 + state.step)
         state.field.set_progress(progress)
         state.constrained.set_progress(progress)
-        set_learning_rate(state, progress)
+        before, length = (self.n_coarse, self.config.optimize.fine_steps) if self.is_fine else (0, self.n_coarse)
+        set_learning_rate(state, state.step - before, length)
         self._look_around()
         structure = self._structure()
         if structure != self._captured_structure:
@@ -101,8 +103,14 @@ class TrainStep:
     # The schedule
 
     @property
+    def is_fine(self) -> bool:
+        """Whether this step belongs to the fine stage: larger views, learning rates from their start."""
+        return self.state.step >= self.n_coarse
+
+    @property
     def progress(self) -> float:
-        return self.state.step / max(1, n_total_steps(self.config))
+        """Part of the coarse stage done. In the fine one all that follows it stays as the last coarse step had it."""
+        return min(self.state.step, self.n_coarse - 1) / max(1, self.n_coarse)
 
     @property
     def is_fit(self) -> bool:
@@ -118,7 +126,7 @@ class TrainStep:
         """All that decides which operations a step consists of."""
         has_entropy = self.progress > ENTROPY_FROM
         has_depth = self.config.optimize.depth_weight > 0 and self.fade > 0
-        return self.is_fit, has_entropy, has_depth, self.state.constrained.has_shell, self.state.n_views
+        return self.is_fit, self.is_fine, has_entropy, has_depth, self.state.constrained.has_shell, self.state.n_views
 
     # The host's part
 
@@ -151,7 +159,7 @@ class TrainStep:
         if self.is_fit:
             views = (*self._sampled.draw(generator), uniform(N_SAMPLED_RAYS, 1))
         else:
-            n, size = self.state.n_views, self.config.render.size
+            n, size = self.state.n_views, self._view_size
             reach = torch.full((), azimuth_reach(self.progress, self.config), device=device)
             views = (uniform(4, n), reach, uniform(n * size**2, 1), self._draw_guidance(n))
         fade = torch.full((), self.fade, device=device)
@@ -162,8 +170,14 @@ class TrainStep:
         return SampledViews.of(self.state, self.condition, self.config.optimize.warm_start_rings)
 
     @property
+    def _view_size(self) -> int:
+        return self.config.render.fine_size if self.is_fine else self.config.render.size
+
+    @property
     def _done(self) -> float:
-        """Part of the distillation done."""
+        """Part of the distillation done, as guidance counts it: the fine stage goes from 1 to 2."""
+        if self.is_fine:
+            return 1 + (self.state.step + 1 - self.n_coarse) / self.config.optimize.fine_steps
         return (self.state.step - self.n_warm) / max(1, self.config.optimize.n_steps)
 
     def _draw_guidance(self, n: int) -> tuple[Any, ...]:
@@ -237,7 +251,8 @@ class TrainStep:
     ) -> tuple[Rendering, dict[str, Tensor]]:
         """Random views against what the prior makes of them."""
         mine = self.ranks.share(numbers.shape[1])
-        cameras = random_cameras(numbers, reach, self.state.half_frame, self.tangent, self.config)[mine]
+        settings = self.config.optimize
+        cameras = random_cameras(numbers, reach, self.state.half_frame, self.tangent, self._view_size, settings)[mine]
         draws, jitter = taken(draws, mine), jitter.view(numbers.shape[1], -1)[mine].reshape(-1, 1)
         rendering = self._render(*cameras.rays(), jitter)
         rgba = _as_pictures(rendering.rgba, cameras)
@@ -263,7 +278,7 @@ class TrainStep:
 
 
 def random_cameras(
-    numbers: Tensor, reach: Tensor | float, half_frame: float, tangent: float, config: PipelineConfig
+    numbers: Tensor, reach: Tensor | float, half_frame: float, tangent: float, size: int, settings: OptimizeConfig
 ) -> Camera:
     """Views of one step: azimuths in equal sectors, of the part of the circle that `reach` says.
 
@@ -272,14 +287,15 @@ def random_cameras(
         reach: See `azimuth_reach`.
         half_frame: Of the views in the middle of their random range.
         tangent: Of half their angle of view.
+        size: Pixels a side.
     """
-    settings, n = config.optimize, numbers.shape[1]
-    turn, place, height, size = numbers
+    n = numbers.shape[1]
+    turn, place, height, closeness = numbers
     sectors = ((torch.arange(n, device=numbers.device) + place) / n + turn[:1]) % 1
     azimuths = (sectors * 2 - 1) * math.pi * reach
     low, high = math.radians(settings.elevation_min_deg), math.radians(settings.elevation_max_deg)
-    half_frames = (0.95 + (1.08 - 0.95) * size) * half_frame
-    return view_cameras(tangent, azimuths, low + (high - low) * height, half_frames, config.render.size)
+    half_frames = (0.95 + (1.08 - 0.95) * closeness) * half_frame
+    return view_cameras(tangent, azimuths, low + (high - low) * height, half_frames, size)
 
 
 def azimuth_reach(progress: float, config: PipelineConfig) -> float:
@@ -292,9 +308,10 @@ def _as_pictures(values: Tensor, cameras: Camera) -> Tensor:
     return values.view(len(cameras), cameras.height, cameras.width, -1).permute(0, 3, 1, 2)
 
 
-def set_learning_rate(state: State, progress: float) -> None:
-    """A short warm-up, then constant, then falling to a tenth over the last two fifths."""
-    factor = min(1.0, (state.step + 1) / 20) * (1.0 if progress < 0.6 else 1 - 0.9 * (progress - 0.6) / 0.4)
+def set_learning_rate(state: State, n_done: int, n_steps: int) -> None:
+    """A short warm-up, then constant, then falling to a tenth over the last two fifths of a stage."""
+    progress = n_done / max(1, n_steps)
+    factor = min(1.0, (n_done + 1) / 20) * (1.0 if progress < 0.6 else 1 - 0.9 * (progress - 0.6) / 0.4)
     for group in state.adam.param_groups:
         rate = group["initial_lr"] * factor
         if isinstance(group["lr"], Tensor):

@@ -63,7 +63,8 @@ class Guidance(Protocol):
         Args:
             rgba: Premultiplied sRGB in [0, 1], detached.
             cameras: Batch of the n cameras they were rendered from.
-            progress: Part of the optimisation done, 0 to 1; sets the noise level.
+            progress: Part of the optimisation done, 0 to 1; sets the noise level. In a fine stage it goes on from 1 to 2,
+                where noise stays as at 1.
             generator: Source of the noise.
         """
 

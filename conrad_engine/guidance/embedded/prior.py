@@ -111,7 +111,7 @@ class EmbeddedPrior:
         """The noise level and the noise of one step; see `SplitGuidance.draw`."""
         config, size = self.config, self.picture_size
         source = torch.device("cpu") if generator is None else generator.device
-        middle = config.t_start + (config.t_end - config.t_start) * progress
+        middle = config.t_start + (config.t_end - config.t_start) * min(progress, 1.0)
         spread = (torch.rand((), generator=generator, device=source) * 2 - 1) * config.t_spread
         noise = torch.randn(n, 4, size, size, generator=generator, device=source)
         return (middle + spread).clamp(0.02, 0.99).to(self.device), noise.to(self.device)
