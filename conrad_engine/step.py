@@ -54,7 +54,8 @@ class Draws(NamedTuple):
 class TrainStep:
     """Takes the step that `state.step` names: cameras, rays, field, constraint, guidance, losses, backward, Adam.
 
-    On CUDA it is captured in a graph, and captured anew when the loss gets or loses a term (`_structure`).
+    On CUDA it is captured in a graph, and captured anew when the loss gets or loses a term (`_structure`). Where several GPUs
+    share the views, the graph ends at the gradients: their exchange and the optimiser's step come after it, as they are.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class TrainStep:
         can_be_split = guidance is None or isinstance(guidance, SplitGuidance)
         if ranks.count > 1 and not can_be_split:
             raise InputError("this guidance cannot be split over several GPUs; set optimize.n_gpus=1")
-        # What several GPUs exchange stays outside of a graph; the guidance captures itself then.
-        is_wanted = config.optimize.capture == "auto" and can_be_split and ranks.count == 1
-        self.graphed = GraphedStep(self._on_device, state.device, enabled=is_wanted)
+        is_wanted = config.optimize.capture == "auto" and can_be_split
+        captured = self._on_device if ranks.count == 1 else self._gradients
+        self.graphed = GraphedStep(captured, state.device, enabled=is_wanted)
         self.n_coarse = n_coarse_steps(config)
         self.n_warm = self.n_coarse - config.optimize.n_steps
         self._captured_structure: tuple = ()
@@ -98,7 +99,12 @@ class TrainStep:
         if structure != self._captured_structure:
             self._captured_structure = structure
             self.graphed.reset()
-        return self.graphed(*self._draw())
+        if self.ranks.count == 1:
+            return self.graphed(*self._draw())
+        loss, terms = self.graphed(*self._draw())
+        self.ranks.average([loss, *(p.grad for p in state.field.parameters() if p.grad is not None)])
+        take_step(state, loss)
+        return terms
 
     # The schedule
 
@@ -189,6 +195,12 @@ class TrainStep:
 
     def _on_device(self, *draws: Any) -> dict[str, Tensor]:
         """One step as a function of tensors alone; what it reads besides them is the state and `_structure`."""
+        loss, terms = self._gradients(*draws)
+        take_step(self.state, loss)
+        return terms
+
+    def _gradients(self, *draws: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The step up to the parameters' gradients: the loss, and its terms."""
         state, settings = self.state, self.config.optimize
         drawn = Draws(*draws)
         if not self._is_prepared:
@@ -206,10 +218,7 @@ class TrainStep:
         terms["smooth"] = settings.smooth_weight * state.field.smoothness(*drawn.smooth)
         loss = sum(terms.values())
         loss.backward()
-        loss = loss.detach()
-        self.ranks.average([loss, *(p.grad for p in state.field.parameters() if p.grad is not None)])
-        take_step(state, loss)
-        return {name: value.detach() for name, value in terms.items()}
+        return loss.detach(), {name: value.detach() for name, value in terms.items()}
 
     def _reference_terms(self, draws: Draws) -> dict[str, Tensor]:
         """Losses seen from the reference cameras: the mask always; the colors only where no constraint gives them."""
