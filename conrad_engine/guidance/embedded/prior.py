@@ -16,8 +16,8 @@ from ...config import REFERENCE_EXTENT, EmbeddedPriorConfig
 from ...errors import GuidanceError
 from ..interfaces import GuidanceResult, ReferencePicture
 from .sampling import ConditionedPrior
-from .unet import Reference, alpha_sigma, in_precision
-from .weights import load
+from .unet import Reference, alpha_sigma
+from .weights import load_for_use
 
 
 def camera_rows(cameras: Camera, base_azimuth_rad: float = 0.0) -> Float[Tensor, "n 4"]:
@@ -60,7 +60,7 @@ class EmbeddedPrior:
             raise GuidanceError(f"unknown precision {config.precision!r}: use auto, float32 or bfloat16")
         self.config, self.device = config, torch.device(device)
         dtype = precisions.get(config.precision) or fast_precision(self.device)
-        self.net = in_precision(load(config.weights), dtype).to(self.device).to(memory_format=torch.channels_last)
+        self.net = load_for_use(config.weights, self.device, dtype)
         self.picture_size = self.net.size
         self._cast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self._conditioned: ConditionedPrior | None = None
