@@ -10,6 +10,7 @@ from conrad_engine import step as steps
 from conrad_engine.cameras import orbit_camera
 from conrad_engine.config import ClipConfig
 from conrad_engine.errors import GuidanceError
+from conrad_engine.graphs import WARM_UP_CALLS, GraphedStep
 from conrad_engine.guidance import make_likeness
 from conrad_engine.guidance.clip import spherical_distance
 from conrad_engine.guidance.interfaces import ReferencePicture
@@ -102,6 +103,27 @@ def test_it_is_a_term_of_a_captured_step_and_needs_no_host(folder, monkeypatch):
         found[name] = {key: float(value) for key, value in train_step().items()}
     clip = found["with"].pop("clip")
     assert clip > 0 and found["with"] == found["without"], "the first step's other terms are what they were"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_holds_it_with_its_gradient(folder, picture):
+    cuda = torch.device("cuda")
+    likeness = make_likeness(ClipConfig(weight=1.0, weight_aside=0.5, model=str(folder)), cuda)
+    likeness.set_reference(ReferencePicture(picture, FRONT))
+    cameras = views_at(0.0, 90.0).to(cuda)
+
+    def step(rgba):
+        leaf = rgba.detach().requires_grad_()
+        loss = likeness.loss(leaf, cameras)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    graphed = GraphedStep(step, cuda)
+    for _ in range(WARM_UP_CALLS + 3):
+        rgba = torch.rand(2, 4, 40, 40, device=cuda)
+        for found, expected in zip(graphed(rgba), step(rgba)):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+    assert graphed.is_captured
 
 
 def test_a_folder_without_its_weights_is_named(tmp_path):

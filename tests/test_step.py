@@ -321,11 +321,11 @@ def embedded_step(device: torch.device, capture: str, ranks: Ranks = steps.ALONE
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("field", ["dense_volume", "hash_grid"])
-def test_a_captured_run_equals_a_plain_one(field):
+@pytest.mark.parametrize(("field", "fine_steps"), [("dense_volume", 0), ("hash_grid", 0), ("dense_volume", 10)])
+def test_a_captured_run_equals_a_plain_one(field, fine_steps):
     results = []
     for capture in ("off", "auto"):
-        train_step = embedded_step(torch.device("cuda"), capture, field=field)
+        train_step = embedded_step(torch.device("cuda"), capture, field=field, fine_steps=fine_steps)
         state = train_step.state
         while state.step < n_total_steps(train_step.config):
             terms = {name: float(value) for name, value in train_step().items()}
