@@ -1,10 +1,10 @@
 """How alike new views and the picture are to CLIP: what NeuralLift-360 asks of views that nobody has seen.
 
-NeuralLift-360 (arXiv:2211.16431) uses CLIP twice. Its released code (github.com/VITA-Group/NeuralLift-360, commit 93b9e2d,
-`nerf/clip.py` and `nerf/utils_neurallift.py`) adds a loss on views within 60 degrees of the front, weight 1; this is that
-loss, gone on with from the sides and from behind at a part of its weight. The other use, CLIP on what the diffusion model
-makes of a view in each of its steps (100 : 50 between the front and elsewhere), is not here: it decodes a picture and runs
-CLIP backward a second time. Both pictures stand on white here, there the reference on black and views on random grays.
+NeuralLift-360 (arXiv:2211.16431) uses CLIP twice, in its released code (github.com/VITA-Group/NeuralLift-360, commit 93b9e2d,
+`nerf/clip.py` and `nerf/utils_neurallift.py`): as a loss of views within 60 degrees of the front, weight 1, and inside the
+diffusion model's step, of the denoised view, 100 in front and 50 elsewhere. Here is the loss; views from elsewhere have it
+too, at a weight of their own, in place of the second use, which would decode a picture and go back through the decoder in
+every step. The picture and the views both stand on white; there the picture is on black, and views are on random grays.
 """
 
 from __future__ import annotations
