@@ -50,8 +50,9 @@ BASELINES: dict[str, dict[str, object]] = {
         "optimize.mask_weight": 0.5,
         "render.size": 96,
     },
-    # NeuralLift-360 (arXiv:2211.16431): text SDS, picture loss, order of depths, distortion. Lacks its CLIP guidance and the
-    # fine-tuning of the diffusion model on the picture; its depth loss fades out here.
+    # NeuralLift-360 (arXiv:2211.16431): text SDS, picture loss, order of depths, distortion, CLIP. Lacks CLIP inside the
+    # diffusion model's step (see guidance/clip.py) and the fine-tuning of that model on the picture; its depth loss fades
+    # out here.
     "neurallift": LOSS_BASED
     | TEXT_SDS
     | {
@@ -62,6 +63,8 @@ BASELINES: dict[str, dict[str, object]] = {
         "optimize.depth_weight": 10.0,
         "optimize.depth_loss": "ranking",
         "optimize.distortion_weight": 0.1,
+        "clip.weight": 1.0,
+        "clip.weight_aside": 0.5,
         "render.size": 128,
     },
     # Zero123 distilled by score, as threestudio's configuration of it does (600 steps, CFG 3).
@@ -74,8 +77,9 @@ BASELINES: dict[str, dict[str, object]] = {
         "constraint.loss_weight": 500.0,
         "optimize.mask_weight": 50.0,
     },
-    # Magic123 (arXiv:2306.17843), coarse stage: 1 : 40, noise times 0.2 to 0.6, a word learned from the picture. Lacks its
-    # second stage on a mesh.
+    # Magic123 (arXiv:2306.17843): 1 : 40, noise times 0.2 to 0.6, a word learned from the picture; then a fine stage with
+    # 1 : 10. There that is a deformable tetrahedral mesh (DMTet) rasterised at 1024 px, noise times 0.02 to 0.5; here the
+    # field itself goes on, at 256 px and with the noise times of before. A mesh stage needs a differentiable rasteriser.
     "magic123": LOSS_BASED
     | {
         "guidance": "mixture",
@@ -91,10 +95,13 @@ BASELINES: dict[str, dict[str, object]] = {
         "guidance.stable_diffusion.t_end": 0.6,
         "guidance.stable_diffusion.perp_neg": False,
         "guidance.stable_diffusion.word_steps": 600,
+        "guidance.zero123_fine": 0.25,
         "optimize.n_steps": 5000,
+        "optimize.fine_steps": 5000,
         "constraint.loss_weight": 5.0,
         "optimize.mask_weight": 0.5,
         "render.size": 128,
+        "render.fine_size": 256,
     },
 }
 

@@ -47,3 +47,9 @@ class Cancelled(ConradError):
     """The caller asked to stop; what was reached so far is kept."""
 
     code = "cancelled"
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise an `InputError` with this message unless the condition holds."""
+    if not condition:
+        raise InputError(message)

@@ -19,6 +19,7 @@ LICENSES = {
     "madebyollin/taesdxl": "MIT",
     "timbrooks/instruct-pix2pix": "MIT",
     "Salesforce/blip-image-captioning-base": "BSD-3-Clause",
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "MIT",
     "depth-anything/Depth-Anything-V2-Small-hf": "Apache-2.0",
 }
 """Licences of the weights as their pages state them; a README beside the weights says more and wins."""
@@ -41,6 +42,9 @@ HINTS = {
     "stabilityai/stable-zero123": (
         "this repository holds a single checkpoint file, not a folder in diffusers layout: convert it, and set "
         "guidance.variant=stable_zero123"
+    ),
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": (
+        "give the folder of any CLIP as clip.model, or do without: clip.weight=0 and clip.weight_aside=0"
     ),
 }
 """What to try when a known id cannot be used as it is."""

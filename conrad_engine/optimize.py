@@ -11,10 +11,10 @@ import torch
 from .cameras import Camera
 from .config import PipelineConfig
 from .errors import Cancelled, OptimizationError
-from .guidance.interfaces import Guidance
+from .guidance.interfaces import Guidance, Likeness
 from .monitor import Command, Monitor, Progress
 from .ranks import Ranks
-from .state import State, n_total_steps
+from .state import State, n_coarse_steps, n_total_steps
 from .step import ALONE, TrainStep
 from .warm_start import sample_warm_start
 
@@ -37,6 +37,7 @@ def optimize(
     save: Callable[[State], None],
     show: Callable[[State], None],
     ranks: Ranks = ALONE,
+    likeness: Likeness | None = None,
 ) -> None:
     """Run from `state.step` to the end of the schedule.
 
@@ -49,19 +50,21 @@ def optimize(
         save: Writes a checkpoint.
         show: Sends a preview if the monitor wants one.
         ranks: This process among several that share the views; the first one's monitor counts.
+        likeness: A further loss of distilled views; has its reference set.
 
     Raises:
         Cancelled: The monitor asked for it; the checkpoint is written.
         OptimizationError: Non-finite values in a row, or out of memory at one view a step.
     """
-    n_warm = n_total_steps(config) - config.optimize.n_steps
-    n_total = n_total_steps(config)
+    n_coarse, n_total = n_coarse_steps(config), n_total_steps(config)
+    n_warm = n_coarse - config.optimize.n_steps
     read_every = 1 if state.device.type == "cpu" else READ_EVERY
     if n_warm and state.sampled is None and state.step < n_warm:
         sample_warm_start(state, guidance, condition, config, monitor)
         ranks.take_over([state.sampled, *state.field.state_dict().values()])
         save(state)
-    train_step, terms, n_skipped = TrainStep(state, guidance, condition, config, ranks), {}, state.n_skipped
+    train_step = TrainStep(state, guidance, condition, config, ranks, likeness)
+    terms, n_skipped = {}, state.n_skipped
     started, first_step = time.monotonic(), state.step
     while state.step < n_total:
         command = COMMANDS[int(ranks.agree(COMMANDS.index(_wait_while_paused(state, monitor, show))))]
@@ -70,6 +73,8 @@ def optimize(
         if command is Command.CANCEL:
             save(state)
             raise Cancelled(f"cancelled at step {state.step} of {n_total}; the checkpoint is kept")
+        if state.step == n_coarse:
+            started, first_step = time.monotonic(), state.step  # steps of the fine stage take longer
         try:
             found = train_step()
         except torch.cuda.OutOfMemoryError:

@@ -32,8 +32,8 @@ from .errors import Cancelled, InputError
 from .fields.radiance_field import make_field
 from .files import make_folder, write_json
 from .finish import Finished, finish
-from .guidance import make_guidance
-from .guidance.interfaces import Guidance, ReferencePicture
+from .guidance import make_guidance, make_likeness
+from .guidance.interfaces import Guidance, Likeness, ReferencePicture
 from .mesh.glb import load_mesh
 from .mesh.mesh import Mesh
 from .mesh.occupancy import signed_distance_grid
@@ -121,14 +121,14 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         seconds = {"prepare": time.monotonic() - started}
         # A job stopped early and only made into a mesh again needs no prior.
         if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:
-            guidance = _guidance(config, inputs, device, folder, is_resumed, monitor)
+            guidance, likeness = _guidance(config, inputs, device, folder, is_resumed, monitor)
             seconds["load"] = time.monotonic() - started - seconds["prepare"]
             save = lambda s: save_checkpoint(folder, s, config, inputs.fingerprint)  # noqa: E731
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
                 save(state)
             with helped(config.optimize.n_gpus, device, help_optimize, job, folder) as ranks:
-                optimize(state, guidance, frame.condition, config, monitor, save, show, ranks)
+                optimize(state, guidance, frame.condition, config, monitor, save, show, ranks, likeness)
         seconds["optimize"] = time.monotonic() - started - sum(seconds.values())
         if prepared is None or view is None:
             finished = finish_words(state, frame, config, folder, job.name, monitor)
@@ -160,9 +160,10 @@ def help_optimize(ranks: Ranks, device: torch.device, job: Job, folder: Path) ->
     state = _first_state(inputs.view, config, device)
     _initial_shape(job, inputs.frame, state, config)
     load_checkpoint(folder, state, config, inputs.fingerprint)
-    guidance = _guidance(config, inputs, device, folder, True, monitor)
+    guidance, likeness = _guidance(config, inputs, device, folder, True, monitor)
+    silent = lambda s: None  # noqa: E731
     with suppress(Cancelled):
-        optimize(state, guidance, inputs.frame.condition, config, monitor, lambda s: None, lambda s: None, ranks)
+        optimize(state, guidance, inputs.frame.condition, config, monitor, silent, silent, ranks, likeness)
 
 
 def _first_state(view: ReferenceView | None, config: PipelineConfig, device: torch.device) -> State:
@@ -270,12 +271,12 @@ def _fitted(points: torch.Tensor) -> Similarity:
 
 def _guidance(
     config: PipelineConfig, inputs: _Inputs, device: torch.device, folder: Path, is_resumed: bool, monitor: Monitor
-) -> Guidance | None:
-    """The prior with its reference set; None when nothing will ask for it."""
+) -> tuple[Guidance | None, Likeness | None]:
+    """The prior and, if asked for, CLIP, with their reference set; None when nothing will ask for them."""
     if config.optimize.n_steps == 0 and (
         config.optimize.warm_start_views == 0 or config.optimize.warm_start_steps == 0
     ):
-        return None
+        return None, None
     prepared, frame = inputs.prepared, inputs.frame
     if prepared is None:
         picture = torch.zeros(4, frame.condition.height, frame.condition.width)
@@ -291,9 +292,12 @@ def _guidance(
         settings, reference = with_learned_word(settings, reference, device, folder, config.seed, is_resumed, report)
     guidance = make_guidance(settings, device)
     guidance.set_reference(reference)
+    likeness = make_likeness(config.clip, device)
+    if likeness is not None:
+        likeness.set_reference(reference)
     if config.optimize.warm_start_views and not hasattr(guidance, "sample_views"):
         raise InputError("only the embedded prior draws views for a warm start; set optimize.warm_start_views=0")
-    return guidance
+    return guidance, likeness
 
 
 def _learning_step(step: int, loss: float, monitor: Monitor) -> None:

@@ -86,9 +86,14 @@ def make_state(
     return State(field_, constrained, occupancy, adam, skipped, n_views=config.optimize.n_views)
 
 
-def n_total_steps(config: PipelineConfig) -> int:
-    """Steps of the whole schedule: the fit to sampled views and the distillation; none if only the picture is projected."""
+def n_coarse_steps(config: PipelineConfig) -> int:
+    """Steps before the fine stage: the fit to sampled views and the distillation; none if only the picture is projected."""
     if config.mesh.project_only:
         return 0
     warm = config.optimize.warm_start_steps if config.optimize.warm_start_views else 0
     return warm + config.optimize.n_steps
+
+
+def n_total_steps(config: PipelineConfig) -> int:
+    """Steps of the whole schedule."""
+    return n_coarse_steps(config) + (0 if config.mesh.project_only else config.optimize.fine_steps)

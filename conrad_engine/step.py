@@ -12,14 +12,14 @@ from torch import Tensor
 
 from . import losses
 from .cameras import Camera
-from .config import PipelineConfig
+from .config import OptimizeConfig, PipelineConfig
 from .errors import InputError
 from .graphs import GraphedStep
-from .guidance.interfaces import Guidance, GuidanceResult, SplitGuidance
+from .guidance.interfaces import Guidance, GuidanceResult, Likeness, SplitGuidance
 from .ranks import Ranks, taken
 from .rendering.compositing import distortion
 from .rendering.renderer import Rendering, render_rays
-from .state import State, n_total_steps
+from .state import State, n_coarse_steps
 from .warm_start import N_SAMPLED_RAYS, SampledViews, half_angle_tangent, view_cameras
 
 FIT_WEIGHT = 4.0
@@ -54,7 +54,8 @@ class Draws(NamedTuple):
 class TrainStep:
     """Takes the step that `state.step` names: cameras, rays, field, constraint, guidance, losses, backward, Adam.
 
-    On CUDA it is captured in a graph, and captured anew when the loss gets or loses a term (`_structure`).
+    On CUDA it is captured in a graph, and captured anew when the loss gets or loses a term (`_structure`). Where several GPUs
+    share the views, the graph ends at the gradients: their exchange and the optimiser's step come after it, as they are.
     """
 
     def __init__(
@@ -64,17 +65,19 @@ class TrainStep:
         condition: Camera,
         config: PipelineConfig,
         ranks: Ranks = ALONE,
+        likeness: Likeness | None = None,
     ) -> None:
-        self.state, self.guidance, self.config, self.ranks = state, guidance, config, ranks
+        self.state, self.guidance, self.likeness, self.config, self.ranks = state, guidance, likeness, config, ranks
         self.condition, self.tangent = condition, half_angle_tangent(condition)
         self.generator = torch.Generator(device=state.device)
         can_be_split = guidance is None or isinstance(guidance, SplitGuidance)
         if ranks.count > 1 and not can_be_split:
             raise InputError("this guidance cannot be split over several GPUs; set optimize.n_gpus=1")
-        # What several GPUs exchange stays outside of a graph; the guidance captures itself then.
-        is_wanted = config.optimize.capture == "auto" and can_be_split and ranks.count == 1
-        self.graphed = GraphedStep(self._on_device, state.device, enabled=is_wanted)
-        self.n_warm = n_total_steps(config) - config.optimize.n_steps
+        is_wanted = config.optimize.capture == "auto" and can_be_split
+        captured = self._on_device if ranks.count == 1 else self._gradients
+        self.graphed = GraphedStep(captured, state.device, enabled=is_wanted)
+        self.n_coarse = n_coarse_steps(config)
+        self.n_warm = self.n_coarse - config.optimize.n_steps
         self._captured_structure: tuple = ()
         self._is_prepared = False
 
@@ -89,19 +92,31 @@ class TrainStep:
         self.generator.manual_seed(self.config.seed * 1_000_003 + state.step)
         state.field.set_progress(progress)
         state.constrained.set_progress(progress)
-        set_learning_rate(state, progress)
+        before, length = (self.n_coarse, self.config.optimize.fine_steps) if self.is_fine else (0, self.n_coarse)
+        set_learning_rate(state, state.step - before, length)
         self._look_around()
         structure = self._structure()
         if structure != self._captured_structure:
             self._captured_structure = structure
             self.graphed.reset()
-        return self.graphed(*self._draw())
+        if self.ranks.count == 1:
+            return self.graphed(*self._draw())
+        loss, terms = self.graphed(*self._draw())
+        self.ranks.average([loss, *(p.grad for p in state.field.parameters() if p.grad is not None)])
+        take_step(state, loss)
+        return terms
 
     # The schedule
 
     @property
+    def is_fine(self) -> bool:
+        """Whether this step belongs to the fine stage: larger views, learning rates from their start."""
+        return self.state.step >= self.n_coarse
+
+    @property
     def progress(self) -> float:
-        return self.state.step / max(1, n_total_steps(self.config))
+        """Part of the coarse stage done. In the fine one all that follows it stays as the last coarse step had it."""
+        return min(self.state.step, self.n_coarse - 1) / max(1, self.n_coarse)
 
     @property
     def is_fit(self) -> bool:
@@ -117,7 +132,7 @@ class TrainStep:
         """All that decides which operations a step consists of."""
         has_entropy = self.progress > ENTROPY_FROM
         has_depth = self.config.optimize.depth_weight > 0 and self.fade > 0
-        return self.is_fit, has_entropy, has_depth, self.state.constrained.has_shell, self.state.n_views
+        return self.is_fit, self.is_fine, has_entropy, has_depth, self.state.constrained.has_shell, self.state.n_views
 
     # The host's part
 
@@ -150,7 +165,7 @@ class TrainStep:
         if self.is_fit:
             views = (*self._sampled.draw(generator), uniform(N_SAMPLED_RAYS, 1))
         else:
-            n, size = self.state.n_views, self.config.render.size
+            n, size = self.state.n_views, self._view_size
             reach = torch.full((), azimuth_reach(self.progress, self.config), device=device)
             views = (uniform(4, n), reach, uniform(n * size**2, 1), self._draw_guidance(n))
         fade = torch.full((), self.fade, device=device)
@@ -161,8 +176,14 @@ class TrainStep:
         return SampledViews.of(self.state, self.condition)
 
     @property
+    def _view_size(self) -> int:
+        return self.config.render.fine_size if self.is_fine else self.config.render.size
+
+    @property
     def _done(self) -> float:
-        """Part of the distillation done."""
+        """Part of the distillation done, as guidance counts it: the fine stage goes from 1 to 2."""
+        if self.is_fine:
+            return 1 + (self.state.step + 1 - self.n_coarse) / self.config.optimize.fine_steps
         return (self.state.step - self.n_warm) / max(1, self.config.optimize.n_steps)
 
     def _draw_guidance(self, n: int) -> tuple[Any, ...]:
@@ -174,6 +195,12 @@ class TrainStep:
 
     def _on_device(self, *draws: Any) -> dict[str, Tensor]:
         """One step as a function of tensors alone; what it reads besides them is the state and `_structure`."""
+        loss, terms = self._gradients(*draws)
+        take_step(self.state, loss)
+        return terms
+
+    def _gradients(self, *draws: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The step up to the parameters' gradients: the loss, and its terms."""
         state, settings = self.state, self.config.optimize
         drawn = Draws(*draws)
         if not self._is_prepared:
@@ -181,8 +208,8 @@ class TrainStep:
         self._is_prepared = False
         state.adam.zero_grad()
         terms = self._reference_terms(drawn)
-        name, rendering, term = self._fit(*drawn.views) if self.is_fit else self._distilled(*drawn.views)
-        terms[name] = term
+        rendering, of_views = self._fit(*drawn.views) if self.is_fit else self._distilled(*drawn.views)
+        terms |= of_views
         if self.progress > ENTROPY_FROM:
             terms["entropy"] = settings.entropy_weight * losses.entropy_loss(rendering.opacities)
         if settings.distortion_weight:
@@ -191,10 +218,7 @@ class TrainStep:
         terms["smooth"] = settings.smooth_weight * state.field.smoothness(*drawn.smooth)
         loss = sum(terms.values())
         loss.backward()
-        loss = loss.detach()
-        self.ranks.average([loss, *(p.grad for p in state.field.parameters() if p.grad is not None)])
-        take_step(state, loss)
-        return {name: value.detach() for name, value in terms.items()}
+        return loss.detach(), {name: value.detach() for name, value in terms.items()}
 
     def _reference_terms(self, draws: Draws) -> dict[str, Tensor]:
         """Losses seen from the reference cameras: the mask always; the colors only where no constraint gives them."""
@@ -225,24 +249,28 @@ class TrainStep:
                 terms["depth"] = terms.get("depth", 0) + settings.depth_weight * draws.fade * depth_term
         return terms
 
-    def _fit(self, pixels: Tensor, places: Tensor, jitter: Tensor) -> tuple[str, Rendering, Tensor]:
+    def _fit(self, pixels: Tensor, places: Tensor, jitter: Tensor) -> tuple[Rendering, dict[str, Tensor]]:
         """Random rays of the sampled views against what they should see."""
         origins, directions, wanted = self._sampled.rays(pixels, places)
         rendering = self._render(origins, directions, jitter)
-        return "fit", rendering, FIT_WEIGHT * losses.picture_loss(rendering.rgba, wanted)
+        return rendering, {"fit": FIT_WEIGHT * losses.picture_loss(rendering.rgba, wanted)}
 
     def _distilled(
         self, numbers: Tensor, reach: Tensor, jitter: Tensor, draws: tuple[Any, ...]
-    ) -> tuple[str, Rendering, Tensor]:
+    ) -> tuple[Rendering, dict[str, Tensor]]:
         """Random views against what the prior makes of them."""
         mine = self.ranks.share(numbers.shape[1])
-        cameras = random_cameras(numbers, reach, self.state.half_frame, self.tangent, self.config)[mine]
+        settings = self.config.optimize
+        cameras = random_cameras(numbers, reach, self.state.half_frame, self.tangent, self._view_size, settings)[mine]
         draws, jitter = taken(draws, mine), jitter.view(numbers.shape[1], -1)[mine].reshape(-1, 1)
         rendering = self._render(*cameras.rays(), jitter)
         rgba = _as_pictures(rendering.rgba, cameras)
         gradient = self._guide(rgba.detach(), cameras, draws).gradient
         # Score distillation, arXiv:2209.14988, Eq. 3: a given gradient as the loss whose gradient it is.
-        return "sds", rendering, SDS_WEIGHT * (rgba * gradient).mean()
+        terms = {"sds": SDS_WEIGHT * (rgba * gradient).mean()}
+        if self.likeness is not None:
+            terms["clip"] = self.likeness.loss(rgba, cameras)
+        return rendering, terms
 
     def _guide(self, rgba: Tensor, cameras: Camera, draws: tuple[Any, ...]) -> GuidanceResult:
         if isinstance(self.guidance, SplitGuidance):
@@ -259,7 +287,7 @@ class TrainStep:
 
 
 def random_cameras(
-    numbers: Tensor, reach: Tensor | float, half_frame: float, tangent: float, config: PipelineConfig
+    numbers: Tensor, reach: Tensor | float, half_frame: float, tangent: float, size: int, settings: OptimizeConfig
 ) -> Camera:
     """Views of one step: azimuths in equal sectors, of the part of the circle that `reach` says.
 
@@ -268,14 +296,15 @@ def random_cameras(
         reach: See `azimuth_reach`.
         half_frame: Of the views in the middle of their random range.
         tangent: Of half their angle of view.
+        size: Pixels a side.
     """
-    settings, n = config.optimize, numbers.shape[1]
-    turn, place, height, size = numbers
+    n = numbers.shape[1]
+    turn, place, height, closeness = numbers
     sectors = ((torch.arange(n, device=numbers.device) + place) / n + turn[:1]) % 1
     azimuths = (sectors * 2 - 1) * math.pi * reach
     low, high = math.radians(settings.elevation_min_deg), math.radians(settings.elevation_max_deg)
-    half_frames = (0.95 + (1.08 - 0.95) * size) * half_frame
-    return view_cameras(tangent, azimuths, low + (high - low) * height, half_frames, config.render.size)
+    half_frames = (0.95 + (1.08 - 0.95) * closeness) * half_frame
+    return view_cameras(tangent, azimuths, low + (high - low) * height, half_frames, size)
 
 
 def azimuth_reach(progress: float, config: PipelineConfig) -> float:
@@ -288,9 +317,10 @@ def _as_pictures(values: Tensor, cameras: Camera) -> Tensor:
     return values.view(len(cameras), cameras.height, cameras.width, -1).permute(0, 3, 1, 2)
 
 
-def set_learning_rate(state: State, progress: float) -> None:
-    """A short warm-up, then constant, then falling to a tenth over the last two fifths."""
-    factor = min(1.0, (state.step + 1) / 20) * (1.0 if progress < 0.6 else 1 - 0.9 * (progress - 0.6) / 0.4)
+def set_learning_rate(state: State, n_done: int, n_steps: int) -> None:
+    """A short warm-up, then constant, then falling to a tenth over the last two fifths of a stage."""
+    progress = n_done / max(1, n_steps)
+    factor = min(1.0, (n_done + 1) / 20) * (1.0 if progress < 0.6 else 1 - 0.9 * (progress - 0.6) / 0.4)
     for group in state.adam.param_groups:
         rate = group["initial_lr"] * factor
         if isinstance(group["lr"], Tensor):

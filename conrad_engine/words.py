@@ -48,8 +48,10 @@ def check_words(config: PipelineConfig) -> None:
         raise InputError("only Stable Diffusion reads words alone: use --guidance stable_diffusion")
     if guidance.ip_adapter or guidance.word_steps:
         raise InputError("guidance.ip_adapter and guidance.word_steps ask for a picture, and there are only words")
-    if config.optimize.warm_start_views or config.mesh.project_only:
-        raise InputError("optimize.warm_start_views and mesh.project_only ask for a picture, and there are only words")
+    if config.optimize.warm_start_views or config.mesh.project_only or config.clip.is_used:
+        raise InputError(
+            "optimize.warm_start_views, mesh.project_only and clip.weight ask for a picture, and there are only words"
+        )
 
 
 def frame_of_words(config: PictureConfig) -> Frame:

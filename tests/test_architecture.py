@@ -10,13 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENGINE = ROOT / "conrad_engine"
-EVERYWHERE = {"config", "errors", "monitor", "files", "device"}
+EVERYWHERE = {"config", "model_config", "errors", "monitor", "files", "device"}
 """Importable from everywhere in the engine."""
 HEAVY = {"torch", "diffusers", "transformers"}
 
 # What a part may import besides itself and EVERYWHERE.
 MAY_IMPORT = {
     "config": {"errors"},
+    "model_config": {"errors"},
     "errors": set(),
     "monitor": set(),
     "files": {"errors"},
@@ -92,7 +93,7 @@ def test_protocol_needs_the_standard_library_and_pyzmq_only():
             assert level == 1 or name.split(".")[0] in sys.stdlib_module_names | {"zmq"}, f"{path.name} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["config", "errors", "monitor", "files"])
+@pytest.mark.parametrize("name", ["config", "model_config", "errors", "monitor", "files"])
 def test_light_parts_need_the_standard_library_only(name):
     for level, module in imported(ENGINE / f"{name}.py"):
         assert level == 1 or module.split(".")[0] in sys.stdlib_module_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from conrad_engine.errors import Cancelled, GuidanceError
 from conrad_engine.guidance.embedded.prior import EmbeddedPrior, camera_rows
 from conrad_engine.guidance.embedded.sampling import ConditionedPrior
 from conrad_engine.guidance.embedded.unet import ARCHITECTURE, Group, Reference, ViewPrior, ray_directions
-from conrad_engine.guidance.embedded.weights import load, shipped_path, to_bytes
+from conrad_engine.guidance.embedded.weights import load, load_for_use, shipped_path, to_bytes
 from conrad_engine.guidance.interfaces import ReferencePicture
 
 FOV_RAD = math.radians(40)
@@ -324,6 +325,17 @@ def test_bad_weights_give_one_clear_sentence(tiny_weights, tmp_path, kind, messa
     with pytest.raises(GuidanceError, match=message) as caught:
         EmbeddedPrior(EmbeddedPriorConfig(weights=str(path)), "cpu")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_are_read_once_until_their_file_changes(tiny_weights, tmp_path):
+    path = tmp_path / "kept.safetensors"
+    path.write_bytes(tiny_weights.read_bytes())
+    first = load_for_use(path, "cpu", torch.float32)
+    assert EmbeddedPrior(EmbeddedPriorConfig(weights=str(path), precision="float32"), "cpu").net is first
+    assert load_for_use(path, "cpu", torch.bfloat16) is not first
+    first = load_for_use(path, "cpu", torch.float32)
+    os.utime(path, ns=(1, 1))
+    assert load_for_use(path, "cpu", torch.float32) is not first
 
 
 @pytest.mark.parametrize("name", ["", "nothing.safetensors"])

@@ -29,9 +29,10 @@ def test_the_published_numbers():
     magic = baseline("magic123").guidance
     assert isinstance(magic, MixtureConfig) and magic.zero123_start == 40 * magic.stable_diffusion_start
     assert (magic.zero123.t_min, magic.zero123.t_start) == (0.2, 0.6)
+    assert baseline("magic123").optimize.fine_steps == 5000 and magic.zero123_end * magic.zero123_fine == 10
     assert baseline("zero123").optimize.n_steps == 600
     assert baseline("realfusion").guidance.word_steps > 0 and magic.stable_diffusion.word_steps > 0
-    assert baseline("neurallift").optimize.depth_loss == "ranking"
+    assert baseline("neurallift").optimize.depth_loss == "ranking" and baseline("neurallift").clip.weight == 1
 
 
 def test_an_unknown_baseline_is_named():

@@ -48,13 +48,23 @@ def test_a_mixture_makes_an_object(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["realfusion", "neurallift"])
+@pytest.mark.parametrize("name", ["realfusion", "neurallift", "magic123"])
 def test_a_baseline_runs_from_picture_to_files(tmp_path, name):
     depth = np.linspace(1, 2, 96 * 96, dtype=np.float32).reshape(96, 96)
     np.save(tmp_path / "depth.npy", depth)
-    changes = {"guidance.model": str(tiny.write_stable_diffusion(tmp_path / "sd1")), "field.kind": "dense_volume"}
-    changes |= {"optimize.n_steps": 4, "mesh.resolution": 24}
-    changes |= {"guidance.word_steps": 1} if name == "realfusion" else {}
+    text = str(tiny.write_stable_diffusion(tmp_path / "sd1"))
+    own = {
+        "realfusion": {"guidance.model": text, "guidance.word_steps": 1},
+        "neurallift": {"guidance.model": text, "clip.model": str(tiny.write_clip(tmp_path / "clip"))},
+        "magic123": {
+            "guidance.stable_diffusion.model": text,
+            "guidance.stable_diffusion.word_steps": 1,
+            "guidance.zero123.model": str(tiny.write_zero123(tmp_path / "zero123")),
+            "optimize.fine_steps": 2,
+            "render.fine_size": 48,
+        },
+    }
+    changes = own[name] | {"field.kind": "dense_volume", "optimize.n_steps": 4, "mesh.resolution": 24}
     config = with_overrides(preset("draft"), overrides_of(name) | SMALL | changes)
     given = {"depth": tmp_path / "depth.npy"} if name == "neurallift" else {}
     job = Job(png_bytes(figure_rgba()), config, **given)
@@ -66,6 +76,7 @@ def test_a_baseline_runs_from_picture_to_files(tmp_path, name):
 
     result = generate(job, tmp_path / "out", Watching())
     assert result.metrics["n_skipped_steps"] == 0 and result.glb.stat().st_size > 1000
+    assert result.metrics["steps"] == (6 if name == "magic123" else 4)
     word = tmp_path / "out" / FILE_NAME
-    assert word.is_file() == (name == "realfusion")
-    assert {"sds", "picture", "mask"} <= seen and ("depth" in seen) == (name == "neurallift")
+    assert word.is_file() == (name != "neurallift")
+    assert {"sds", "picture", "mask"} <= seen and ({"depth", "clip"} <= seen) == (name == "neurallift")

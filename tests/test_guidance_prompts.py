@@ -113,6 +113,12 @@ def make_mixture(**settings):
 CAMERAS = orbit_camera(torch.tensor([0.0, math.pi]), torch.tensor([0.2, -0.2]), 2.0, 0.7, 8)
 
 
+def test_in_the_fine_stage_zero123_counts_by_its_factor():
+    config = MixtureConfig(zero123_fine=0.25)
+    assert mixture.shares(config, 1.0) == {"zero123": 40 / 41, "stable_diffusion": 1 / 41}
+    assert mixture.shares(config, 1.5) == {"zero123": 10 / 11, "stable_diffusion": 1 / 11}
+
+
 def test_the_default_mixture_has_magic123s_ratio_and_loads_two_priors():
     guidance, made = make_mixture()
     assert len(made) == 2

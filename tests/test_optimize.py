@@ -72,7 +72,7 @@ def toy(kind="inferred_depth", steps=60, warm=0, field="dense_volume", **setting
             start_levels=4,
             blob_radius=0.3,
         ),
-        render=RenderConfig(size=32, n_samples=32, occupancy_resolution=24),
+        render=RenderConfig(size=32, fine_size=48, n_samples=32, occupancy_resolution=24),
         constraint=ConstraintConfig(kind=kind, depth_size=48),
         optimize=OptimizeConfig(
             warm_start_views=4 if warm else 0, warm_start_steps=warm, n_steps=steps, n_views=2, **settings
@@ -164,6 +164,63 @@ def test_resumed_run_equals_an_undisturbed_one(tmp_path):
     run(resumed, config, frame)
     for a, b in zip(straight.field.parameters(), resumed.field.parameters()):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+class NotedPrior(BallPrior):
+    """Remembers how large the views were, and how far the optimisation was said to be."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def gradient(self, rgba, cameras, progress, generator=None):
+        self.seen.append((rgba.shape[-1], progress))
+        return super().gradient(rgba, cameras, progress, generator)
+
+
+def test_a_fine_stage_goes_on_with_larger_views_and_can_be_resumed(tmp_path):
+    def made():
+        return toy(steps=30, warm=6, fine_steps=10)
+
+    straight, config, frame, _ = made()
+    prior, rates, told = NotedPrior(), [], []
+
+    class Watching(Monitor):
+        def progress(self, progress):
+            if progress.stage == "optimize":
+                told.append((progress.step, progress.n_steps))
+                rates.append(straight.adam.param_groups[0]["lr"] / straight.adam.param_groups[0]["initial_lr"])
+
+    run(straight, config, frame, prior, Watching())
+    assert told == [(step, 46) for step in range(1, 47)] and straight.step == 46
+    assert [size for size, _ in prior.seen] == [32] * 30 + [48] * 10
+    amounts = [progress for _, progress in prior.seen]
+    assert amounts == pytest.approx([k / 30 for k in range(30)] + [1 + k / 10 for k in range(1, 11)])
+    assert rates[35] < 0.2 and rates[36:42] == [pytest.approx((k + 1) / 20) for k in range(6)], "rates start again"
+    coarse, coarse_config, *_ = toy(steps=30, warm=6)
+    run(coarse, coarse_config, frame)
+    assert not straight.constrained.has_shell and ball_error(straight, frame) < ball_error(coarse, frame)
+
+    class StopIn(Monitor):
+        def command(self):
+            return Command.CANCEL if stopped.step >= 41 else Command.RUN
+
+    stopped, *_ = made()
+    save = lambda s: save_checkpoint(tmp_path, s, config, "same")  # noqa: E731
+    with pytest.raises(Cancelled, match="step 41 of 46"):
+        run(stopped, config, frame, monitor=StopIn(), save=save)
+    resumed, *_ = made()
+    assert load_checkpoint(tmp_path, resumed, config, "same") and resumed.step == 41
+    late = NotedPrior()
+    run(resumed, config, frame, late)
+    assert late.seen == prior.seen[35:]
+    for a, b in zip(straight.field.parameters(), resumed.field.parameters()):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_fine_stage_needs_a_first_one():
+    with pytest.raises(InputError, match="needs optimize.n_steps"):
+        OptimizeConfig(n_steps=0, fine_steps=5)
 
 
 def test_keep_ends_early_without_an_error():
@@ -261,7 +318,7 @@ def test_views_spread_over_sectors_and_the_range_grows(generator):
 
     def views(n, progress):
         numbers, reach = torch.rand(4, n, generator=generator), azimuth_reach(progress, config)
-        return random_cameras(numbers, reach, 0.85, half_angle_tangent(frame.condition), config)
+        return random_cameras(numbers, reach, 0.85, half_angle_tangent(frame.condition), 32, config.optimize)
 
     early, late = views(2, 0.0), views(8, 0.99)
     early_azimuth = torch.atan2(early.positions[:, 0], -early.positions[:, 1])

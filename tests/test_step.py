@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from conrad_engine import step as steps
 from conrad_engine.adam import Adam
@@ -15,6 +16,7 @@ from conrad_engine.fields.radiance_field import make_field
 from conrad_engine.graphs import GraphedStep, cloned, flat
 from conrad_engine.guidance.embedded.prior import EmbeddedPrior
 from conrad_engine.guidance.interfaces import GuidanceResult, ReferencePicture, SplitGuidance
+from conrad_engine.ranks import Ranks
 from conrad_engine.rendering.renderer import render_picture, render_rays
 from conrad_engine.state import make_state, n_total_steps
 from conrad_engine.step import TrainStep, take_step
@@ -78,10 +80,11 @@ CASES = {
     "loss": lambda: toy("loss", steps=24),
     "hash grid": lambda: toy(steps=12, field="hash_grid", smooth_weight=0.0),
     "shell and depth": lambda: bumpy_toy(steps=24, depth_weight=0.5),
+    "fine stage": lambda: toy(steps=12, fine_steps=6),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FROZEN)
 def test_runs_end_where_the_first_version_of_the_loop_ended(case):
     state, config, frame, _ = CASES[case]()
     run(state, config, frame)
@@ -100,7 +103,7 @@ class SplitBallPrior(BallPrior):
     """The ball's prior with noise of its own, drawn ahead."""
 
     def draw(self, n, progress, generator=None):
-        return torch.full((), progress), torch.randn(n, 4, 32, 32, generator=generator)
+        return torch.full((), progress), torch.randn(n, 4, 1, 1, generator=generator)
 
     def distill(self, rgba, cameras, draws):
         amount, noise = draws
@@ -114,6 +117,9 @@ class Buffered(GraphedStep):
     """A captured step as far as a CPU can play one: the function sees the same tensors every time, refilled in place, and its
     results are handed out as the same tensors."""
 
+    is_running = False
+    """Whether the function of any of them runs."""
+
     def __init__(self, step, device, generators=(), enabled=True):
         super().__init__(step, device, generators, enabled=False)
         self._wants_capture = enabled
@@ -121,17 +127,18 @@ class Buffered(GraphedStep):
 
     def __call__(self, *inputs):
         if not self._inputs:
-            self._inputs, self._outputs = cloned(inputs), None
+            self._inputs, self._held = cloned(inputs), None
             self.n_captures += 1
         assert [t.shape for t in flat(self._inputs)] == [t.shape for t in flat(inputs)], "static shapes"
         torch._foreach_copy_(flat(self._inputs), flat(inputs))
-        found = self._step(*self._inputs)
-        if self._outputs is None:
-            self._outputs = {name: torch.empty_like(value) for name, value in found.items()}
-        assert found.keys() == self._outputs.keys(), "the same terms as at the capture"
-        for name, value in found.items():
-            self._outputs[name].copy_(value)
-        return self._outputs
+        Buffered.is_running = True
+        found, shape = tree_flatten(self._step(*self._inputs))
+        Buffered.is_running = False
+        if self._held is None:
+            self._held, self._shape = [torch.empty_like(value) for value in found], shape
+        assert shape == self._shape, "the same terms as at the capture"
+        torch._foreach_copy_(self._held, found)
+        return tree_unflatten(self._held, shape)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -158,6 +165,39 @@ def test_refilled_buffers_and_static_shapes_give_the_same_run(case, monkeypatch)
         assert buffered.history[-1][key] == pytest.approx(value, rel=2e-3, abs=1e-5)
     for a, b in zip(plain.constrained.views, buffered.constrained.views):
         assert torch.equal(a.surface.isfinite(), b.surface.isfinite())
+
+
+class Twins(Ranks):
+    """Two processes that do the same: each takes all views, and the mean of equals is what each has."""
+
+    def share(self, n):
+        return slice(0, n)
+
+    def average(self, tensors):
+        assert not Buffered.is_running, "what processes exchange is no part of what is captured"
+        assert all(tensor is not None and tensor.isfinite().all() for tensor in tensors)
+        exchanged.append(len(tensors))
+
+
+exchanged: list[int] = []
+
+
+@pytest.mark.parametrize("case", ["loss", "hash grid", "fine stage"])
+def test_gradients_apart_from_the_update_are_the_whole_step(case, monkeypatch):
+    monkeypatch.setattr(steps, "GraphedStep", Watched)
+    states = []
+    for ranks in (Ranks(), Twins(0, 2)):
+        exchanged.clear()
+        state, config, frame, _ = CASES[case]()
+        train_step = TrainStep(state, SplitBallPrior(), frame.condition, config, ranks)
+        for state.step in range(n_total_steps(config)):
+            train_step()
+        n_exchanged = n_total_steps(config) if ranks.count == 2 else 0
+        assert train_step.graphed.is_enabled and exchanged == [1 + len(list(state.field.parameters()))] * n_exchanged
+        states.append(state)
+    for a, b in zip(*(state.field.parameters() for state in states)):
+        torch.testing.assert_close(a, b)
+    assert states[1].skipped.tolist() == [0, 0]
 
 
 class Watched(Buffered):
@@ -264,7 +304,7 @@ def test_adam_is_torchs_own_and_takes_over_its_state():
     assert float(resumed.state[other]["step"]) == 4
 
 
-def embedded_step(device: torch.device, capture: str, **settings) -> TrainStep:
+def embedded_step(device: torch.device, capture: str, ranks: Ranks = steps.ALONE, **settings) -> TrainStep:
     """Steps with the shipped prior."""
     _, config, frame, view = toy(steps=40, capture=capture, **settings)
     torch.manual_seed(0)
@@ -276,16 +316,16 @@ def embedded_step(device: torch.device, capture: str, **settings) -> TrainStep:
     prior = EmbeddedPrior(EmbeddedPriorConfig(precision="float32"), device)
     rgba = ball_picture(ring_cameras(frame.condition, 1, 0.75, 64))[0]
     prior.set_reference(ReferencePicture(rgba.to(device), frame.condition.to(device, torch.float32)))
-    return TrainStep(state, prior, frame.condition, config)
+    return TrainStep(state, prior, frame.condition, config, ranks)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("field", ["dense_volume", "hash_grid"])
-def test_a_captured_run_equals_a_plain_one(field):
+@pytest.mark.parametrize(("field", "fine_steps"), [("dense_volume", 0), ("hash_grid", 0), ("dense_volume", 10)])
+def test_a_captured_run_equals_a_plain_one(field, fine_steps):
     results = []
     for capture in ("off", "auto"):
-        train_step = embedded_step(torch.device("cuda"), capture, field=field)
+        train_step = embedded_step(torch.device("cuda"), capture, field=field, fine_steps=fine_steps)
         state = train_step.state
         while state.step < n_total_steps(train_step.config):
             terms = {name: float(value) for name, value in train_step().items()}

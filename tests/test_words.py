@@ -68,6 +68,7 @@ def test_an_object_from_words_alone(tmp_path, capsys):
         (["--prompt", "a", "--guidance", "zero123"], "--guidance stable_diffusion"),
         (["--prompt", "a", "--set", "guidance.ip_adapter=x"], "ip_adapter"),
         (["--prompt", "a", "--set", "optimize.warm_start_views=2"], "warm_start_views"),
+        (["--prompt", "a", "--set", "clip.weight=1"], "clip.weight"),
         (["--prompt", "a", "--mask", "m.png", "--caption"], "leave out: mask, caption"),
         (["--prompt", "a", "--baseline", "zero123"], "leave out: baseline"),
     ],

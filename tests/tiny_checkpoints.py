@@ -264,6 +264,22 @@ def write_tiny_autoencoder(folder: Path) -> Path:
     return folder
 
 
+def write_clip(folder: Path) -> Path:
+    """A whole CLIP, text and pictures, as published: with the buffer that older libraries kept."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(90)
+    config = CLIPConfig(
+        text_config=_text_config().to_dict(), vision_config=_vision().config.to_dict(), projection_dim=WIDTH
+    )
+    CLIPModel(config).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    return folder
+
+
 def to_pickles(folder: Path, component: str) -> None:
     """Replace a component's safetensors by the older .bin file."""
     for file in (folder / component).glob("*.safetensors"):

@@ -13,45 +13,17 @@ import io
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from conrad_engine.benchmark.stand_in_pipeline import Job, JobResult, random_mesh
 from conrad_engine.errors import Cancelled, InputError
 from conrad_engine.files import write_atomic
 from conrad_engine.monitor import Command, Monitor, Progress
 from conrad_engine.server.worker_messages import WorkerReady
-
-
-@dataclass(frozen=True)
-class Job:
-    picture: bytes
-    config: Any
-    mask: bytes | None = None
-    depth: bytes | None = None
-    depth_kind: str = "relative"
-    camera: dict | None = None
-    init_mesh: Any = None
-    name: str = "object"
-
-
-@dataclass(frozen=True)
-class ToyMesh:
-    vertices: np.ndarray
-    faces: np.ndarray
-    uvs: np.ndarray
-    normals: np.ndarray
-    texture: np.ndarray
-
-
-@dataclass(frozen=True)
-class JobResult:
-    mesh: ToyMesh
-    glb: Path
-    metrics: dict = field(default_factory=dict)
 
 
 def describe_device(name: str) -> WorkerReady:
@@ -124,7 +96,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None) -> JobResul
     (folder / "mesh.glb").write_bytes(b"glTF" + bytes(job.config.mesh.n_faces))
     _sheet(job.picture, value).save(folder / "sheet.png")
     metrics = {"value": value, "steps": step, "nested": {"psnr": 30.0, "worst": float("inf")}, "views": [1, 2]}
-    return JobResult(_mesh(job.config.mesh.n_faces, job.config.mesh.texture_size), folder / "mesh.glb", metrics)
+    return JobResult(random_mesh(job.config.mesh.n_faces, job.config.mesh.texture_size), folder / "mesh.glb", metrics)
 
 
 def _sheet(picture: bytes, value: int) -> Image.Image:
@@ -158,12 +130,3 @@ def _show(monitor: Monitor) -> None:
     camera = monitor.preview_camera()
     if camera is not None:
         monitor.preview(np.full((camera.height, camera.width, 4), 128, np.uint8), camera)
-
-
-def _mesh(n_faces: int, texture_size: int) -> ToyMesh:
-    n_vertices = n_faces // 2 + 2
-    generator = np.random.default_rng(0)
-    numbers = generator.random((n_vertices, 8), np.float32)
-    faces = generator.integers(0, n_vertices, (n_faces, 3), dtype=np.int32)
-    texture = generator.integers(0, 256, (texture_size, texture_size, 3), dtype=np.uint8)
-    return ToyMesh(numbers[:, :3], faces, numbers[:, 3:5], numbers[:, 5:8], texture)

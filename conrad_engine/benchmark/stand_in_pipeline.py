@@ -1,7 +1,7 @@
 """Stands for `conrad_engine.pipeline` where the engine process is measured and not the job: works, but makes nothing.
 
 A step computes for `STEP_S` on the processor, as a job on a GPU keeps one core busy; previews are ready at once, and the
-result is a mesh of random numbers with the asked-for number of faces.
+result is a mesh of random numbers with the asked-for number of faces. The tests' stand-ins take their parts from here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True)
 class StandInMesh:
-    """Arrays of the right shapes."""
+    """The fields of `mesh.mesh.TexturedMesh`."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -81,10 +81,11 @@ def generate(job: Job, folder: Path, monitor: Monitor) -> JobResult:
             monitor.preview(np.full((camera.height, camera.width, 3), step % 256, np.uint8), camera)
     (folder / "mesh.glb").write_bytes(b"glTF")
     Image.new("RGB", (8, 8)).save(folder / "sheet.png")
-    return JobResult(_mesh(job.config.mesh.n_faces, job.config.mesh.texture_size), folder / "mesh.glb")
+    return JobResult(random_mesh(job.config.mesh.n_faces, job.config.mesh.texture_size), folder / "mesh.glb")
 
 
-def _mesh(n_faces: int, texture_size: int) -> StandInMesh:
+def random_mesh(n_faces: int, texture_size: int) -> StandInMesh:
+    """Arrays of the right shapes and types, the same every time."""
     n_vertices = n_faces // 2 + 2
     generator = np.random.default_rng(0)
     numbers = generator.random((n_vertices, 8), np.float32)

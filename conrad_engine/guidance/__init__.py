@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import EmbeddedPriorConfig, GuidanceConfig, MixtureConfig, StableDiffusionConfig, Zero123Config
+from ..config import (
+    ClipConfig,
+    EmbeddedPriorConfig,
+    GuidanceConfig,
+    MixtureConfig,
+    StableDiffusionConfig,
+    Zero123Config,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from .interfaces import Guidance
+    from .interfaces import Guidance, Likeness
 
 
 def make_guidance(config: GuidanceConfig, device: torch.device) -> Guidance:
@@ -38,3 +45,12 @@ def make_guidance(config: GuidanceConfig, device: torch.device) -> Guidance:
 
             return MixtureGuidance(config, device, make_guidance)
     raise TypeError(f"not a guidance config: {type(config).__name__}")
+
+
+def make_likeness(config: ClipConfig, device: torch.device) -> Likeness | None:
+    """CLIP, if the settings give it a weight; errors as those of `make_guidance`."""
+    if not config.is_used:
+        return None
+    from .clip import ClipLikeness
+
+    return ClipLikeness(config, device)

@@ -63,7 +63,8 @@ class Guidance(Protocol):
         Args:
             rgba: Premultiplied sRGB in [0, 1], detached.
             cameras: Batch of the n cameras they were rendered from.
-            progress: Part of the optimisation done, 0 to 1; sets the noise level.
+            progress: Part of the optimisation done, 0 to 1; sets the noise level. In a fine stage it goes on from 1 to 2,
+                where noise stays as at 1.
             generator: Source of the noise.
         """
 
@@ -84,3 +85,18 @@ class SplitGuidance(Guidance, Protocol):
         self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Any, ...]
     ) -> GuidanceResult:
         """`gradient` with the numbers of an earlier `draw`; without notes."""
+
+
+class Likeness(Protocol):
+    """What new views have in common with the picture, as a loss besides the prior."""
+
+    def set_reference(self, reference: ReferencePicture) -> None:
+        """Take the picture; called once a job."""
+
+    def loss(self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera) -> Float[Tensor, ""]:
+        """The loss, already weighted; differentiable, and without need of the host, so that a CUDA graph can hold it.
+
+        Args:
+            rgba: Premultiplied sRGB in [0, 1], with its gradient.
+            cameras: Batch of the n cameras they were rendered from.
+        """

@@ -22,6 +22,8 @@ def shares(config: MixtureConfig, progress: float) -> dict[str, float]:
         start, end = getattr(config, f"{name}_start"), getattr(config, f"{name}_end")
         if start > 0 or end > 0:
             weights[name] = start + (end - start) * min(max(progress, 0.0), 1.0)
+    if progress > 1 and "zero123" in weights:
+        weights["zero123"] *= config.zero123_fine
     total = sum(weights.values())
     return {name: weight / total if total else 0.0 for name, weight in weights.items()}
 

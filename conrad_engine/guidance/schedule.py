@@ -18,7 +18,7 @@ def time_range(progress: float, kind: str, t_min: float, t_start: float, t_end: 
     """Lowest and highest noise time at this point of the optimisation.
 
     Args:
-        progress: Part of the optimisation done, 0 to 1.
+        progress: Part of the optimisation done, 0 to 1; above counts as 1.
         kind: `uniform` stays at [t_min, t_start] (DreamFusion, arXiv:2209.14988); `linear` and `sqrt` lower the upper end
             from t_start to t_end, as progress and as its square root (HiFA, arXiv:2305.18766, Eq. 9); `deterministic` has
             no width and falls linearly (as DreamGaussian does, arXiv:2309.16653, section 3.2); `dreamtime` has no width

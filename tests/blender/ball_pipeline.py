@@ -12,59 +12,25 @@ import io
 import json
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from conrad_engine.benchmark.stand_in_pipeline import Job, JobResult, StandInMesh
 from conrad_engine.errors import Cancelled, InputError
 from conrad_engine.files import write_atomic
 from conrad_engine.monitor import Command, Monitor, Progress
 from conrad_engine.server.worker_messages import WorkerReady
 
+from ..toy_pipeline import Guess
+
 STEP_S, SLOW_STEP_S = 0.02, 0.1
 
 
-@dataclass(frozen=True)
-class Job:
-    picture: bytes
-    config: Any
-    mask: bytes | None = None
-    depth: bytes | None = None
-    depth_kind: str = "relative"
-    camera: dict | None = None
-    init_mesh: Any = None
-    name: str = "object"
-
-
-@dataclass(frozen=True)
-class BallMesh:
-    vertices: np.ndarray
-    faces: np.ndarray
-    uvs: np.ndarray
-    normals: np.ndarray
-    texture: np.ndarray
-
-
-@dataclass(frozen=True)
-class JobResult:
-    mesh: BallMesh
-    glb: Path
-    metrics: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Elevation:
-    elevation_deg: float
-    spread_deg: float
-    is_sure: bool
-
-
-def elevation_of_picture(picture: bytes, mask: bytes | None, fov_deg: float, device: str) -> Elevation:
+def elevation_of_picture(picture: bytes, mask: bytes | None, fov_deg: float, device: str) -> Guess:
     """Sure of 33 degrees, but of nothing where a mask is given."""
-    return Elevation(33.0, 4.0 if mask is None else 20.0, mask is None)
+    return Guess(33.0, 4.0 if mask is None else 20.0, mask is None)
 
 
 def describe_device(name: str) -> WorkerReady:
@@ -148,7 +114,7 @@ def _render(view: tuple, center: np.ndarray, radius: float, coarseness: int = 1)
     return np.ascontiguousarray(full)
 
 
-def _mesh(center: np.ndarray, radius: float, n_faces: int, texture_size: int) -> BallMesh:
+def _mesh(center: np.ndarray, radius: float, n_faces: int, texture_size: int) -> StandInMesh:
     rows = max(int(math.sqrt(n_faces / 4)), 4)
     columns = 2 * rows
     v, u = np.meshgrid(np.linspace(0, 1, rows + 1), np.linspace(0, 1, columns + 1), indexing="ij")
@@ -164,7 +130,7 @@ def _mesh(center: np.ndarray, radius: float, n_faces: int, texture_size: int) ->
     texture = (np.clip(_color(texel), 0, 1) * 255 + 0.5).astype(np.uint8)
     points = normals.reshape(-1, 3) * radius + center
     uvs = np.stack([u, v], -1).reshape(-1, 2)
-    return BallMesh(
+    return StandInMesh(
         points.astype("<f4"),
         faces.astype("<i4"),
         uvs.astype("<f4"),

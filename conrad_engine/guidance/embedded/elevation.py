@@ -19,8 +19,7 @@ from ...config import HALF_FRAME
 from .prior import fast_precision, resized
 from .sampling import channels_last
 from .unet import Reference, ViewPrior
-from .weights import ELEVATION, filled, packed, read, shipped_path
-from .weights import load as load_prior
+from .weights import ELEVATION, filled, load_for_use, packed, read, shipped_path
 
 ARCHITECTURE = "conrad-elevation-1"
 """Changes whenever weights of another version would not fit."""
@@ -122,9 +121,9 @@ def estimate_elevation(
     Raises:
         GuidanceError: Weights are missing, damaged or of another architecture.
     """
-    net = load_prior(prior).to(device).to(memory_format=torch.channels_last)
-    head = load(weights).to(device)
     dtype = fast_precision(device)
+    net = load_for_use(prior, device, dtype)
+    head = load(weights).to(device)
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with torch.no_grad():
         scores = head(picture_features(net, picture.to(device, torch.float32)[None], cast))

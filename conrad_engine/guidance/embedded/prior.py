@@ -16,8 +16,8 @@ from ...config import REFERENCE_EXTENT, EmbeddedPriorConfig
 from ...errors import GuidanceError
 from ..interfaces import GuidanceResult, ReferencePicture
 from .sampling import ConditionedPrior
-from .unet import Reference, alpha_sigma, in_precision
-from .weights import load
+from .unet import Reference, alpha_sigma
+from .weights import load_for_use
 
 
 def camera_rows(cameras: Camera, base_azimuth_rad: float = 0.0) -> Float[Tensor, "n 4"]:
@@ -60,7 +60,7 @@ class EmbeddedPrior:
             raise GuidanceError(f"unknown precision {config.precision!r}: use auto, float32 or bfloat16")
         self.config, self.device = config, torch.device(device)
         dtype = precisions.get(config.precision) or fast_precision(self.device)
-        self.net = in_precision(load(config.weights), dtype).to(self.device).to(memory_format=torch.channels_last)
+        self.net = load_for_use(config.weights, self.device, dtype)
         self.picture_size = self.net.size
         self._cast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self._conditioned: ConditionedPrior | None = None
@@ -111,7 +111,7 @@ class EmbeddedPrior:
         """The noise level and the noise of one step; see `SplitGuidance.draw`."""
         config, size = self.config, self.picture_size
         source = torch.device("cpu") if generator is None else generator.device
-        middle = config.t_start + (config.t_end - config.t_start) * progress
+        middle = config.t_start + (config.t_end - config.t_start) * min(progress, 1.0)
         spread = (torch.rand((), generator=generator, device=source) * 2 - 1) * config.t_spread
         noise = torch.randn(n, 4, size, size, generator=generator, device=source)
         return (middle + spread).clamp(0.02, 0.99).to(self.device), noise.to(self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...errors import GuidanceError
-from .unet import ARCHITECTURE, ViewPrior
+from .unet import ARCHITECTURE, ViewPrior, in_precision
 
 PRIOR, ELEVATION = "prior.safetensors", "elevation.safetensors"
 Network = TypeVar("Network", bound=nn.Module)
@@ -85,6 +86,18 @@ def load(path: Path | str = "") -> ViewPrior:
     path = Path(path) if path else shipped_path()
     header, tensors = read(path, ARCHITECTURE)
     return filled(ViewPrior(stated_widths(header, path)), tensors, path)
+
+
+def load_for_use(path: Path | str, device: torch.device, dtype: torch.dtype) -> ViewPrior:
+    """The network where and in the type it will run, kept for whoever asks next, who must not change it: a job without a
+    camera asks twice, for the elevation and for the prior."""
+    path = Path(path) if path else shipped_path()
+    return _kept(path, path.stat().st_mtime_ns if path.is_file() else 0, str(device), dtype)
+
+
+@lru_cache(maxsize=1)
+def _kept(path: Path, changed_ns: int, device: str, dtype: torch.dtype) -> ViewPrior:
+    return in_precision(load(path), dtype).to(device).to(memory_format=torch.channels_last)
 
 
 def stated_widths(header: dict[str, str], path: Path) -> tuple[int, int, int]:
