@@ -249,6 +249,8 @@ class MeshConfig:
     guidance was; 0 leaves the texture as the field has it. Not with `project_only`, nor where the picture is only a loss."""
     detail_steps: int = 8
     """Denoising steps of each of these views."""
+    detail_temperature: float = 0.7
+    """Width of the noise that they start from, 0 to 1: 1 draws the most detail, and the most that is not there."""
     detail_weights: str = ""
     """Path of other weights of the detail model; the shipped ones when empty."""
     turntable_frames: int = 36
@@ -258,6 +260,10 @@ class MeshConfig:
         _check(16 <= self.resolution <= 1024, f"mesh resolution must be between 16 and 1024, not {self.resolution}")
         _check(64 <= self.texture_size <= 8192, f"texture size must be between 64 and 8192, not {self.texture_size}")
         _check(self.detail_views >= 0, f"mesh.detail_views must not be negative: {self.detail_views}")
+        _check(
+            0 <= self.detail_temperature <= 1,
+            f"mesh.detail_temperature must lie between 0 and 1: {self.detail_temperature}",
+        )
         _check(self.detail_steps >= 1, f"mesh.detail_steps must be at least 1, not {self.detail_steps}")
         _check(self.n_faces >= 100, f"the face budget must be at least 100, not {self.n_faces}")
 

@@ -112,9 +112,9 @@ def diagnose() -> Report:
 
 
 def _has_weights() -> bool:
-    from .guidance.embedded.weights import ELEVATION, PRIOR, shipped_path
+    from .guidance.embedded.weights import DETAIL, ELEVATION, PRIOR, shipped_path
 
-    return all(shipped_path(name).is_file() for name in (PRIOR, ELEVATION))
+    return all(shipped_path(name).is_file() for name in (PRIOR, ELEVATION, DETAIL))
 
 
 def format_report(report: Report) -> str:

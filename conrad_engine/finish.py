@@ -17,7 +17,7 @@ from .errors import Cancelled, InputError
 from .evaluation import metrics as measure
 from .evaluation.geometry import topology
 from .files import write_json
-from .guidance.embedded.detail import DetailModel, is_shipped
+from .guidance.embedded.detail import DetailModel
 from .guidance.interfaces import ReferencePicture
 from .mesh.bake import Photo, bake_texture
 from .mesh.clean import clean_mesh
@@ -151,7 +151,7 @@ def photo_of(view: ReferenceView) -> Photo:
 def has_detail_stage(full: ConstrainedField, config: MeshConfig) -> bool:
     if config.project_only or full.config.kind == "loss":
         return False
-    return config.detail_views > 0 and (bool(config.detail_weights) or is_shipped())
+    return config.detail_views > 0
 
 
 def with_detail(

@@ -94,7 +94,12 @@ def redraw_texture(
             continue
         view = torch.from_numpy(np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)).permute(2, 0, 1)
         drawn = model.redraw(
-            view.float(), torch.from_numpy(final).float()[None], camera, config.detail_steps, generator
+            view.float(),
+            torch.from_numpy(final).float()[None],
+            camera,
+            config.detail_steps,
+            generator,
+            config.detail_temperature,
         )
         canvas.paint(around, spread(drawn.permute(1, 2, 0).numpy()))
     return canvas.textured()

@@ -1,7 +1,7 @@
 """A texture under repainting: its mesh is looked at from a camera, a picture drawn over that view is painted back.
 
-What a photo shows is final from the start, what is painted is final from then on; in between lie narrow bands, where the
-picture is blended over what was there.
+What a photo shows is final from the start, what is painted is final from then on; at the border of what is painted lies a
+narrow band, where the picture is blended over what was there.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ class Canvas:
         self.texel_length = texel_length(self.shape, self.size)
         self.before = mesh.texture.reshape(-1, 3)[self.texels.pixels].astype(np.float32) / 255
         self.colors = self.before.copy()
-        _, self.final = seen_by_photos(
+        _, seen = seen_by_photos(
             self.shape, self.texels.positions, self.texels.normals, photos, config, self.texel_length
         )
+        # Also where a photo is already blended with the field: its camera must see no change at all.
+        self.final = (seen > 0).astype(np.float32)
 
     def view(self, camera: Camera) -> tuple[Float[np.ndarray, "h w 4"], Float[np.ndarray, "h w"]]:
         """What a camera sees now, straight RGBA in [0, 1], and which of its pixels are final, 0 or 1."""

@@ -27,11 +27,10 @@ from .prior import camera_rows, fast_precision, resized
 from .sampling import channels_last
 from .unet import N_RAY_FEATURES as N_RAYS
 from .unet import Attention, Group, Layout, ResBlock, Tokens, alpha_sigma, ray_features, time_features
-from .weights import filled, packed, read, shipped_path, stated_widths
+from .weights import DETAIL, filled, packed, read, shipped_path, stated_widths
 
 ARCHITECTURE = "conrad-detail-1"
 """Changes whenever weights of another version would not fit."""
-DETAIL = "detail.safetensors"
 PICTURE_SIZE = 128
 WIDTHS = (96, 128, 128)
 RESIDUAL_SCALE = 0.4
@@ -182,6 +181,7 @@ class ConditionedDetail:
         cameras: Float[Tensor, "b 4"],
         n_steps: int,
         generator: torch.Generator | None = None,
+        temperature: float = 1.0,
         on_step: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "b 4 h h"]:
         """Views with detail: DDIM (arXiv:2010.02502) without added noise, steps uniform in t.
@@ -190,10 +190,11 @@ class ConditionedDetail:
 
         Args:
             views, cameras: As many for each reference, reference by reference; premultiplied RGBA in [-1, 1] and what is final.
+            temperature: Width of the starting noise: under 1 the network keeps to what it is surer of.
             on_step: Called after each step with the number of steps done, from 1 to `n_steps`; it may raise to stop.
         """
         source = views.device if generator is None else generator.device
-        x = torch.randn(views[:, :3].shape, generator=generator, device=source).to(views.device)
+        x = temperature * torch.randn(views[:, :3].shape, generator=generator, device=source).to(views.device)
         is_open, blurred, alpha = open_pixels(views), views[:, :3], views[:, 3:4]
         clean = torch.zeros_like(x)
         for step in range(n_steps):
@@ -210,10 +211,6 @@ class ConditionedDetail:
             if on_step is not None:
                 on_step(step + 1)
         return torch.cat([blurred + RESIDUAL_SCALE * clean, alpha], 1)
-
-
-def is_shipped() -> bool:
-    return shipped_path(DETAIL).is_file()
 
 
 def to_bytes(net: DetailNet, widths: tuple[int, int, int], notes: dict[str, str] | None = None) -> bytes:
@@ -261,6 +258,7 @@ class DetailModel:
         camera: Camera,
         n_steps: int,
         generator: torch.Generator | None = None,
+        temperature: float = 1.0,
     ) -> Float[Tensor, "4 size size"]:
         """A view with detail.
 
@@ -268,7 +266,8 @@ class DetailModel:
             rgba: The blurred view, premultiplied in [0, 1]; `PICTURE_SIZE` pixels a side are best.
             final: 1 where its color stays.
             camera: Square camera that looks at the middle of the object, which is taken for the origin.
+            temperature: See `ConditionedDetail.sample`.
         """
         view = torch.cat([rgba * 2 - 1, final])[None].to(self.device, torch.float32)
         rows = camera_rows(camera.to(self.device), self._base_azimuth_rad)[None]
-        return (self._conditioned.sample(view, rows, n_steps, generator)[0].cpu() + 1) / 2
+        return (self._conditioned.sample(view, rows, n_steps, generator, temperature)[0].cpu() + 1) / 2

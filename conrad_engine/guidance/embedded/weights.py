@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...errors import GuidanceError
 from .unet import ARCHITECTURE, ViewPrior, in_precision
 
-PRIOR, ELEVATION = "prior.safetensors", "elevation.safetensors"
+PRIOR, ELEVATION, DETAIL = "prior.safetensors", "elevation.safetensors", "detail.safetensors"
 Network = TypeVar("Network", bound=nn.Module)
 
 
