@@ -27,6 +27,8 @@ RING_PART = 0.7
 """Part of the views that stand around the object; the others look down on it."""
 FILL = 0.9
 """Part of the frame that the object takes."""
+COLOR_SCALE_PX = 4.0
+"""Width of the blur above which colors stay as they were."""
 CLEARANCE = 0.25
 """Least depth of a vertex in front of a camera, object frame."""
 
@@ -101,8 +103,22 @@ def redraw_texture(
             generator,
             config.detail_temperature,
         )
-        canvas.paint(around, spread(drawn.permute(1, 2, 0).numpy()))
+        picture = drawn.permute(1, 2, 0).numpy()
+        canvas.paint(around, (spread(picture) + drift(picture, view.permute(1, 2, 0).numpy())).clip(0, 1))
     return canvas.textured()
+
+
+def drift(drawn: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """What brings the large-scale colors (h, w, 3) of a drawn view back to those it had before.
+
+    Only detail is asked for: a guess about whole parts is no better here than the guidance's, and flaws of one grow in it.
+
+    Args:
+        drawn, before: Premultiplied RGBA of one silhouette.
+    """
+    smooth = [gaussian_filter(picture, (COLOR_SCALE_PX, COLOR_SCALE_PX, 0)) for picture in (before, drawn)]
+    wanted, found = (picture[..., :3] / np.maximum(picture[..., 3:], 1e-4) for picture in smooth)
+    return wanted - found
 
 
 def spread(picture: np.ndarray) -> np.ndarray:

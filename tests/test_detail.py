@@ -84,7 +84,7 @@ def test_samples_keep_what_is_final_and_the_silhouette(size):
 def test_sampling_is_repeatable_and_knows_noise_camera_and_reference():
     view, steps = half_final(), []
     draw = lambda cameras, seed: conditioned().sample(  # noqa: E731
-        view, cameras, 2, torch.Generator().manual_seed(seed), steps.append
+        view, cameras, 2, torch.Generator().manual_seed(seed), on_step=steps.append
     )
     first = draw(CAMERAS, 1)
     assert torch.equal(first, draw(CAMERAS, 1)) and steps == [1, 2, 1, 2]
