@@ -209,7 +209,7 @@ def test_tight_views_just_hold_the_object():
 
 
 class Painter:
-    """A stand-in for the model that draws one plain color."""
+    """A stand-in for the model that draws stripes of one color and black, two pixels wide."""
 
     def __init__(self) -> None:
         self.cameras, self.seen = [], []
@@ -221,7 +221,8 @@ class Painter:
         self.cameras.append(view)
         self.seen.append(torch.cat([rgba, final]))
         noise = torch.rand(3, 1, 1, generator=generator)
-        return torch.cat([torch.where(final > 0, rgba[:3], noise * rgba[3:]), rgba[3:]])
+        stripes = (torch.arange(rgba.shape[-1]) // 2 % 2).float()
+        return torch.cat([torch.where(final > 0, rgba[:3], noise * stripes * rgba[3:]), rgba[3:]])
 
 
 CONFIG = MeshConfig(texture_size=256, detail_views=4, detail_steps=1)
@@ -277,7 +278,9 @@ def test_the_photo_stays_and_the_rest_is_painted(make):
     assert (np.abs(before - after).max(1)[is_back] > 3).mean() > 0.6
     front = photo.camera.resized(128, 128)
     change = np.abs(render_mesh(mesh, front) - render_mesh(result, front)).max(-1)
-    assert np.quantile(change, 0.9) < 0.02
+    assert np.quantile(change, 0.98) < 0.01
+    # Stripes are painted, but what they make from afar is the gray that was there.
+    assert np.abs(after[is_back].mean(0) - before[is_back].mean(0)).max() < 12
     for view, seen in zip(model.cameras, model.seen):
         assert seen.shape == (5, view.height, view.width) and 0 < float(seen[3].mean()) < 1
     assert float(model.seen[-1][4].sum()) > 0
