@@ -12,6 +12,7 @@ from conrad_engine.cameras import orbit_camera
 from conrad_engine.config import StableDiffusionConfig, WeightsConfig
 from conrad_engine.errors import GuidanceError, InputError
 from conrad_engine.guidance import make_guidance, sds
+from conrad_engine.guidance.distill import UNIT
 from conrad_engine.guidance.interfaces import ReferencePicture
 from conrad_engine.guidance.latents import make_fast
 from conrad_engine.guidance.prompts import view_shares
@@ -85,7 +86,7 @@ def explicit_gradient(folder, config, draws):
             gradient = (1 - a) * (plain + config.scale * (own - plain) - noise)
         loss = loss + 0.5 * (latents - (latents - gradient).detach()).square().sum() / 3
     loss.backward()
-    return leaf.grad / (4 * 32 * 32)
+    return leaf.grad / UNIT
 
 
 @pytest.mark.parametrize("negative", ["", "blurry"])

@@ -14,6 +14,7 @@ from conrad_engine.cameras import orbit_camera
 from conrad_engine.config import REFERENCE_EXTENT, StableDiffusionConfig, WeightsConfig, Zero123Config
 from conrad_engine.errors import GuidanceError
 from conrad_engine.guidance import make_guidance, memory
+from conrad_engine.guidance.distill import UNIT
 from conrad_engine.guidance.interfaces import ReferencePicture
 from conrad_engine.guidance.zero123 import TRAINING_FOV_RAD, clip_input, pose_vectors
 
@@ -149,7 +150,7 @@ def explicit_gradient(folder, config, reference, rgba, timesteps, noise):
             gradient = (1 - scheduler.alphas_cumprod[timesteps[i]]) * (noise_pred - noise[i : i + 1])
         loss = loss + 0.5 * (latents - (latents - gradient).detach()).square().sum() / 3
     loss.backward()
-    return leaf.grad * config.strength / (4 * 32 * 32)
+    return leaf.grad * config.strength / UNIT
 
 
 @pytest.mark.parametrize("variant", ["zero123", "stable_zero123"])
