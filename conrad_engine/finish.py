@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,19 +76,24 @@ def finish(
         MeshError: The field has no surface.
         InputError: A file cannot be written.
     """
-    steps = ["surface", "texture", "detail", "files", "pictures"]
+    device = state.field.aabb.device
+    n_views = config.mesh.detail_views if has_detail_stage(full, config.mesh) else 0
+    steps = ["surface", "texture", *(f"view {index}" for index in range(n_views)), "files", "pictures"]
 
     def at(step: str) -> None:
-        memory = memory_bytes(state.field.aabb.device)
-        monitor.progress(Progress("mesh", steps.index(step), len(steps), None, {}, memory))
+        monitor.progress(Progress("mesh", steps.index(step), len(steps), None, {}, memory_bytes(device)))
+
+    def at_view(index: int) -> None:
+        at(f"view {index}")
+        if monitor.command() is Command.CANCEL:
+            raise Cancelled("cancelled while detail was drawn")
 
     at("surface")
     mesh, level = surface_mesh(full, view, initial, config.mesh)
     at("texture")
     textured = texture_mesh(full, view, mesh, config.mesh)
-    if has_detail_stage(full, config.mesh):
-        at("detail")
-        textured = with_detail(textured, view, prepared, frame, config, state.field.aabb.device, monitor)
+    if n_views:
+        textured = with_detail(textured, view, prepared, frame, config, device, at_view)
     to_world = final_similarity(frame, textured.vertices)
     setup = _world_setup(frame, to_world, textured.vertices)
     numbers = {
@@ -103,7 +109,7 @@ def finish(
     at("pictures")
     field_picture = render_picture(
         full,
-        view.resized(MEASURED_PICTURE).to(state.field.aabb.device).camera,
+        view.resized(MEASURED_PICTURE).to(device).camera,
         FIELD_SAMPLES,
         state.occupancy,
         with_normals=True,
@@ -161,20 +167,13 @@ def with_detail(
     frame: Frame,
     config: PipelineConfig,
     device: torch.device,
-    monitor: Monitor,
+    on_view: Callable[[int], None],
 ) -> TexturedMesh:
     """The mesh in the object frame with detail drawn where the picture does not show it; see `redraw`.
 
     Raises:
         GuidanceError: The detail model's weights are missing or damaged.
-        Cancelled: The monitor asked for it.
     """
-
-    def on_view(index: int, n_views: int) -> None:
-        monitor.progress(Progress("mesh", 2 + index, 4 + n_views, None, {}, memory_bytes(device)))
-        if monitor.command() is Command.CANCEL:
-            raise Cancelled("cancelled while detail was drawn")
-
     picture = condition_picture(prepared.rgb, prepared.mask, frame)
     reference = ReferencePicture(picture, frame.condition.to(dtype=torch.float32))
     model = DetailModel(device, config.mesh.detail_weights)

@@ -67,7 +67,7 @@ def redraw_texture(
     config: MeshConfig,
     model: DetailModel,
     seed: int,
-    on_view: Callable[[int, int], None],
+    on_view: Callable[[int], None],
 ) -> TexturedMesh:
     """The mesh with detail where no photo shows it.
 
@@ -75,7 +75,7 @@ def redraw_texture(
         mesh: In the object frame, textured by `bake_texture` with these photos and settings.
         reference: The picture as guidance sees it.
         seed: Of the noise.
-        on_view: Called before each view with its number from 0 and how many there are; it may raise to stop.
+        on_view: Called before each view with its number from 0; it may raise to stop.
     """
     model.set_reference(reference)
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def redraw_texture(
     center = (mesh.vertices.min(0) + mesh.vertices.max(0)) / 2
     angles = view_angles_deg(config.detail_views)
     for index, (azimuth_deg, elevation_deg) in enumerate(angles):
-        on_view(index, len(angles))
+        on_view(index)
         camera = view_camera(
             mesh.vertices - center, base_rad + math.radians(azimuth_deg), math.radians(elevation_deg), fov_rad
         )

@@ -119,11 +119,13 @@ def test_with_a_camera_the_mesh_lies_in_its_world(tmp_path):
 
 class CancelAt(Monitor):
     def __init__(self, step):
-        self.step, self.steps = step, []
+        self.step, self.steps, self.of_mesh = step, [], []
 
     def progress(self, progress):
         if progress.stage == "optimize":
             self.steps.append(progress.step)
+        if progress.stage == "mesh":
+            self.of_mesh.append((progress.step, progress.n_steps))
 
     def command(self):
         return Command.CANCEL if self.steps and self.steps[-1] >= self.step else Command.RUN
@@ -136,6 +138,8 @@ def test_cancelled_job_resumes_to_the_same_result(tmp_path, finished):
     watcher = CancelAt(10_000)
     again = pipeline.generate(toy_job(), tmp_path, watcher)
     assert watcher.steps == list(range(13, 31)), "where it goes on from is told first"
+    n = len(watcher.of_mesh)
+    assert n > 4 and watcher.of_mesh == [(step, n) for step in range(n)], "the bar never goes back"
     a, b = (json.loads((r.folder / "metrics.json").read_text()) for r in (finished, again))
     assert abs(a["mesh_psnr"] - b["mesh_psnr"]) < 0.3 and abs(a["mesh_iou"] - b["mesh_iou"]) < 0.005
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -182,7 +181,6 @@ class ConditionedDetail:
         n_steps: int,
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
-        on_step: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "b 4 h h"]:
         """Views with detail: DDIM (arXiv:2010.02502) without added noise, steps uniform in t.
 
@@ -191,7 +189,6 @@ class ConditionedDetail:
         Args:
             views, cameras: As many for each reference, reference by reference; premultiplied RGBA in [-1, 1] and what is final.
             temperature: Width of the starting noise: under 1 the network keeps to what it is surer of.
-            on_step: Called after each step with the number of steps done, from 1 to `n_steps`; it may raise to stop.
         """
         source = views.device if generator is None else generator.device
         x = temperature * torch.randn(views[:, :3].shape, generator=generator, device=source).to(views.device)
@@ -208,8 +205,6 @@ class ConditionedDetail:
             clean = (torch.minimum(sharp.clamp(min=-1), alpha) - blurred) * is_open / RESIDUAL_SCALE
             noise = (x - a * clean) / s
             x = math.cos(then * math.pi / 2) * clean + math.sin(then * math.pi / 2) * noise
-            if on_step is not None:
-                on_step(step + 1)
         return torch.cat([blurred + RESIDUAL_SCALE * clean, alpha], 1)
 
 
