@@ -144,7 +144,7 @@ class ConstraintConfig:
     depth_size: int = 128
     """Pixels along the longer side of the inferred depth map."""
     update_every: int = 2
-    """Steps between two updates of the inferred depth."""
+    """Steps between two updates of the inferred depth; more in runs of more than some hundred steps."""
     dilate_px: float = 1.5
     """The mask is grown by this many pixels, of 512 along the longer side, before space outside it is emptied."""
     loss_weight: float = 2.0
@@ -166,6 +166,8 @@ class OptimizeConfig:
 
     warm_start_views: int = 12
     """Views sampled jointly from the prior and fitted first; 0 starts with score distillation (embedded prior only)."""
+    warm_start_rings: int = 1
+    """Rings of so many views, each sampled by itself, between the views of the others."""
     warm_start_sampling: int = 20
     """Denoising steps of these views."""
     warm_start_steps: int = 120

@@ -22,6 +22,8 @@ class EmbeddedPriorConfig:
     """Noise time at its end."""
     t_spread: float = 0.05
     """Half width of the random range around it."""
+    mirrors: bool = True
+    """Every second step looks in a mirror: the network's mistakes of left and right even out."""
     weights: str = ""
     """Path of other weights of the same architecture; the shipped ones when empty."""
     precision: str = "auto"

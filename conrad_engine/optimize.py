@@ -11,7 +11,7 @@ import torch
 from .cameras import Camera
 from .config import PipelineConfig
 from .errors import Cancelled, OptimizationError
-from .guidance.interfaces import Guidance, Likeness
+from .guidance.interfaces import Priors
 from .monitor import Command, Monitor, Progress
 from .ranks import Ranks
 from .state import State, n_coarse_steps, n_total_steps
@@ -30,27 +30,25 @@ COMMANDS = tuple(Command)
 
 def optimize(
     state: State,
-    guidance: Guidance | None,
+    priors: Priors,
     condition: Camera,
     config: PipelineConfig,
     monitor: Monitor,
     save: Callable[[State], None],
     show: Callable[[State], None],
     ranks: Ranks = ALONE,
-    likeness: Likeness | None = None,
 ) -> None:
     """Run from `state.step` to the end of the schedule.
 
     Args:
         state: Changed in place.
-        guidance: Has its reference set; None only if no step asks for it.
+        priors: Only what no step asks for may be missing.
         condition: The camera of the reference picture as guidance sees it; views share its angle.
         config: The job's settings; `seed` and the step number alone decide all random numbers, so a resumed run repeats.
         monitor: Watches and steers.
         save: Writes a checkpoint.
         show: Sends a preview if the monitor wants one.
         ranks: This process among several that share the views; the first one's monitor counts.
-        likeness: A further loss of distilled views; has its reference set.
 
     Raises:
         Cancelled: The monitor asked for it; the checkpoint is written.
@@ -60,10 +58,10 @@ def optimize(
     n_warm = n_coarse - config.optimize.n_steps
     read_every = 1 if state.device.type == "cpu" else READ_EVERY
     if n_warm and state.sampled is None and state.step < n_warm:
-        sample_warm_start(state, guidance, condition, config, monitor)
+        sample_warm_start(state, priors.sampler, condition, config, monitor)
         ranks.take_over([state.sampled, *state.field.state_dict().values()])
         save(state)
-    train_step = TrainStep(state, guidance, condition, config, ranks, likeness)
+    train_step = TrainStep(state, priors.guidance, condition, config, ranks, priors.likeness)
     terms, n_skipped = {}, state.n_skipped
     started, first_step = time.monotonic(), state.step
     while state.step < n_total:

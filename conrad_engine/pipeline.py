@@ -23,7 +23,15 @@ import torch
 from . import __version__
 from .cameras import Camera, CameraSetup, Similarity
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
-from .config import HALF_BOX, REFERENCE_EXTENT, MixtureConfig, PipelineConfig, StableDiffusionConfig, to_json
+from .config import (
+    HALF_BOX,
+    REFERENCE_EXTENT,
+    EmbeddedPriorConfig,
+    MixtureConfig,
+    PipelineConfig,
+    StableDiffusionConfig,
+    to_json,
+)
 from .constraint import ConstrainedField, ReferenceView, reference_view
 from .device import resolve_device, set_threads
 from .elevation import ElevationGuess, guess_elevation
@@ -33,7 +41,7 @@ from .fields.radiance_field import make_field
 from .files import make_folder, write_json
 from .finish import Finished, finish
 from .guidance import make_guidance, make_likeness
-from .guidance.interfaces import Guidance, Likeness, ReferencePicture
+from .guidance.interfaces import Priors, ReferencePicture, ViewSampler
 from .mesh.glb import load_mesh
 from .mesh.mesh import Mesh
 from .mesh.occupancy import signed_distance_grid
@@ -121,14 +129,14 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         seconds = {"prepare": time.monotonic() - started}
         # A job stopped early and only made into a mesh again needs no prior.
         if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:
-            guidance, likeness = _guidance(config, inputs, device, folder, is_resumed, monitor)
+            priors = _priors(config, inputs, device, folder, is_resumed, monitor)
             seconds["load"] = time.monotonic() - started - seconds["prepare"]
             save = lambda s: save_checkpoint(folder, s, config, inputs.fingerprint)  # noqa: E731
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
                 save(state)
             with helped(config.optimize.n_gpus, device, help_optimize, job, folder) as ranks:
-                optimize(state, guidance, frame.condition, config, monitor, save, show, ranks, likeness)
+                optimize(state, priors, frame.condition, config, monitor, save, show, ranks)
         seconds["optimize"] = time.monotonic() - started - sum(seconds.values())
         if prepared is None or view is None:
             finished = finish_words(state, frame, config, folder, job.name, monitor)
@@ -160,10 +168,10 @@ def help_optimize(ranks: Ranks, device: torch.device, job: Job, folder: Path) ->
     state = _first_state(inputs.view, config, device)
     _initial_shape(job, inputs.frame, state, config)
     load_checkpoint(folder, state, config, inputs.fingerprint)
-    guidance, likeness = _guidance(config, inputs, device, folder, True, monitor)
+    priors = _priors(config, inputs, device, folder, True, monitor)
     silent = lambda s: None  # noqa: E731
     with suppress(Cancelled):
-        optimize(state, guidance, inputs.frame.condition, config, monitor, silent, silent, ranks, likeness)
+        optimize(state, priors, inputs.frame.condition, config, monitor, silent, silent, ranks)
 
 
 def _first_state(view: ReferenceView | None, config: PipelineConfig, device: torch.device) -> State:
@@ -269,14 +277,13 @@ def _fitted(points: torch.Tensor) -> Similarity:
     return Similarity(scale, torch.eye(3, dtype=torch.float64), -scale * (low + high) / 2)
 
 
-def _guidance(
+def _priors(
     config: PipelineConfig, inputs: _Inputs, device: torch.device, folder: Path, is_resumed: bool, monitor: Monitor
-) -> tuple[Guidance | None, Likeness | None]:
-    """The prior and, if asked for, CLIP, with their reference set; None when nothing will ask for them."""
-    if config.optimize.n_steps == 0 and (
-        config.optimize.warm_start_views == 0 or config.optimize.warm_start_steps == 0
-    ):
-        return None, None
+) -> Priors:
+    """What the optimisation asks, with the reference set; nothing where nothing will be asked."""
+    has_warm_start = config.optimize.warm_start_views > 0 and config.optimize.warm_start_steps > 0
+    if config.optimize.n_steps == 0 and not has_warm_start:
+        return Priors()
     prepared, frame = inputs.prepared, inputs.frame
     if prepared is None:
         picture = torch.zeros(4, frame.condition.height, frame.condition.width)
@@ -295,9 +302,12 @@ def _guidance(
     likeness = make_likeness(config.clip, device)
     if likeness is not None:
         likeness.set_reference(reference)
-    if config.optimize.warm_start_views and not hasattr(guidance, "sample_views"):
-        raise InputError("only the embedded prior draws views for a warm start; set optimize.warm_start_views=0")
-    return guidance, likeness
+    if not has_warm_start or isinstance(guidance, ViewSampler):
+        return Priors(guidance, likeness, guidance)
+    # The others draw no views: the embedded prior gives them their start.
+    sampler = make_guidance(EmbeddedPriorConfig(), device)
+    sampler.set_reference(reference)
+    return Priors(guidance, likeness, sampler)
 
 
 def _learning_step(step: int, loss: float, monitor: Monitor) -> None:

@@ -28,6 +28,8 @@ N_REFERENCE_RAYS = 1536
 OCCUPANCY_EVERY = 16
 OCCUPANCY_FROM = 32
 """Until this step every cell counts as occupied: the shape is still moving."""
+N_SURFACE_UPDATES = 200
+"""Times that a long run infers its surfaces anew."""
 ENTROPY_FROM = 0.3
 """Part of the run after which opacities are pushed to 0 or 1."""
 N_DEPTHS = 16
@@ -140,7 +142,9 @@ class TrainStep:
         """Find occupied cells and surfaces. Both depend on the field's values, so they are no part of what is captured."""
         state, config = self.state, self.config
         has_cells = state.step >= OCCUPANCY_FROM and state.step % OCCUPANCY_EVERY == 0
-        has_surfaces = state.step % config.constraint.update_every == 0
+        # In a long run they move less from step to step.
+        every = max(config.constraint.update_every, self.n_coarse // N_SURFACE_UPDATES)
+        has_surfaces = state.step % every == 0
         if self.graphed.is_enabled:
             with torch.no_grad():
                 if has_cells or has_surfaces:
@@ -173,7 +177,7 @@ class TrainStep:
 
     @cached_property
     def _sampled(self) -> SampledViews:
-        return SampledViews.of(self.state, self.condition)
+        return SampledViews.of(self.state, self.condition, self.config.optimize.warm_start_rings)
 
     @property
     def _view_size(self) -> int:

@@ -20,7 +20,7 @@ from conrad_engine.config import (
 from conrad_engine.constraint import reference_view
 from conrad_engine.errors import Cancelled, InputError, OptimizationError
 from conrad_engine.fields.radiance_field import make_field
-from conrad_engine.guidance.interfaces import GuidanceResult
+from conrad_engine.guidance.interfaces import GuidanceResult, Priors
 from conrad_engine.monitor import Command, Monitor
 from conrad_engine.preprocess.framing import frame_object
 from conrad_engine.rendering.renderer import render_picture
@@ -89,7 +89,9 @@ def toy(kind="inferred_depth", steps=60, warm=0, field="dense_volume", **setting
 
 
 def run(state, config, frame, prior=None, monitor=None, save=lambda s: None):
-    loop.optimize(state, prior or BallPrior(), frame.condition, config, monitor or Monitor(), save, lambda s: None)
+    prior = prior or BallPrior()
+    priors = Priors(prior, sampler=prior)
+    loop.optimize(state, priors, frame.condition, config, monitor or Monitor(), save, lambda s: None)
 
 
 def ball_error(state, frame) -> float:
@@ -244,9 +246,8 @@ def test_pause_holds_still_and_still_shows(monkeypatch):
         def command(self):
             return next(commands)
 
-    loop.optimize(
-        state, BallPrior(), frame.condition, config, Pausing(), lambda s: None, lambda s: shown.append(s.step)
-    )
+    priors = Priors(BallPrior(), sampler=BallPrior())
+    loop.optimize(state, priors, frame.condition, config, Pausing(), lambda s: None, lambda s: shown.append(s.step))
     assert shown == [0, 0, 1, 2, 3]
 
 

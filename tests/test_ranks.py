@@ -15,6 +15,7 @@ from conrad_engine import optimize as loop
 from conrad_engine import step as steps
 from conrad_engine.config import preset, with_overrides
 from conrad_engine.errors import Cancelled, InputError, OptimizationError
+from conrad_engine.guidance.interfaces import Priors
 from conrad_engine.monitor import Command, Monitor
 from conrad_engine.ranks import Ranks, helped, taken
 from conrad_engine.state import n_total_steps
@@ -29,7 +30,8 @@ def run_toy(ranks: Ranks, monitor: Monitor | None = None):
     state, config, frame, _ = toy(steps=8, warm=6)
     arguments = (monitor or Monitor(), lambda s: None, lambda s: None, ranks)
     with mock.patch.object(steps, "GraphedStep", Buffered) if ranks.count > 1 else nullcontext():
-        loop.optimize(state, SplitBallPrior(), frame.condition, config, *arguments)
+        prior = SplitBallPrior()
+        loop.optimize(state, Priors(prior, sampler=prior), frame.condition, config, *arguments)
     return state
 
 

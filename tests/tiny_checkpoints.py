@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from conrad_engine.benchmark.checkpoints import write_tokenizer
+
 WIDTH = 32
 N_TOKENS = 40
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
@@ -113,26 +115,6 @@ def _to_published_names(folder: Path) -> None:
             save_file(state, file, {"format": "pt"})
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level CLIP vocabulary without merges: every byte is a token, 512 of them, and the two ends."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    letters = [chr(b) for b in visible] + [chr(256 + i) for i in range(len(hidden))]
-    words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": N_TOKENS,
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
 def _write_index(folder: Path, is_xl: bool) -> None:
     index = {
         "_class_name": "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
@@ -161,14 +143,14 @@ def write_stable_diffusion(folder: Path, kind: str = "sd1") -> Path:
 
     torch.manual_seed(30)
     _save(CLIPTextModel(_text_config()), folder / "text_encoder")
-    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", N_TOKENS)
     changes = {}
     if kind == "sd2":
         changes = {"use_linear_projection": True, "attention_head_dim": (4, 8)}
     if kind == "xl":
         torch.manual_seed(31)
         _save(CLIPTextModelWithProjection(_text_config()), folder / "text_encoder_2")
-        write_tokenizer(folder / "tokenizer_2")
+        write_tokenizer(folder / "tokenizer_2", N_TOKENS)
         changes = {
             "cross_attention_dim": 2 * WIDTH,
             "addition_embed_type": "text_time",

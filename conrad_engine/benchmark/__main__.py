@@ -32,6 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds a measurement (default: 3)")
     parser.add_argument("--preset", action="append", help="asset and memory: preset to run; may be repeated")
     parser.add_argument("--picture", type=Path, help="asset and memory: the picture; a drawn one if none is given")
+    parser.add_argument(
+        "--latent", action="store_true", help="asset: also Zero123 and SD 2.1 (writes 5 GB for a while)"
+    )
     parser.add_argument("--cap", action="append", type=float, metavar="GIB", help="memory: hard cap; may be repeated")
     return parser
 
@@ -67,6 +70,8 @@ def _run(section: str, report: Report, ceilings: Ceilings | None, parsed: argpar
             steps.run(report, ceilings, parsed.compile)
         case "asset":
             assets.run(report, presets, parsed.picture)
+            if parsed.latent:
+                assets.run_latent(report, parsed.picture, parsed.compile)
         case "memory":
             memory.run(report)
             assets.run_capped(report, presets, parsed.picture, parsed.cap or ([2.0] if on_gpu else [4.0]))

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors import ConradError
+from .checkpoints import write_stable_diffusion, write_zero123
 from .report import Report, Row
 
 GIB = 2**30
@@ -47,7 +49,9 @@ class JobFigures:
     error: str = ""
 
 
-def run_job(picture: Path, preset: str, device: str, n_threads: int, cap_gib: float = 0.0) -> JobFigures:
+def run_job(
+    picture: Path, preset: str, device: str, n_threads: int, cap_gib: float = 0.0, options: tuple[str, ...] = ()
+) -> JobFigures:
     """Generate one object in a fresh process.
 
     Args:
@@ -56,11 +60,12 @@ def run_job(picture: Path, preset: str, device: str, n_threads: int, cap_gib: fl
         device: cuda or cpu.
         n_threads: Processor threads.
         cap_gib: Hard cap of memory, of the GPU or of the process's data; 0 is none.
+        options: Further ones of `conrad generate`.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "out", Path(folder) / "log"
         command = [sys.executable, "-c", _PRELUDE, str(cap_gib), device, "generate", str(picture), "--out", str(out)]
-        command += ["--preset", preset, "--device", device, "--threads", str(n_threads), "--quiet"]
+        command += ["--preset", preset, "--device", device, "--threads", str(n_threads), "--quiet", *options]
         started = time.perf_counter()
         with open(log, "wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
@@ -102,6 +107,51 @@ def run(report: Report, presets: list[str], picture: Path | None) -> None:
         for preset in presets:
             figures = run_job(picture, preset, report.device.type, torch.get_num_threads())
             report.add(job_row(f"preset {preset}, {picture.name}", figures))
+
+
+LATENT_JOBS = (
+    ("Zero123", "zero123", 600, 4, write_zero123),
+    ("SD 2.1", "stable_diffusion", 5000, 1, write_stable_diffusion),
+)
+
+
+def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
+    """The same for latent priors of the published sizes, read from disk; the files are in the system's cache by then."""
+    report.begin(
+        "asset, latent priors",
+        "wall seconds as above; hash grid, 64 px views x 128 samples, random weights of the published sizes (their gradient "
+        "counts a hundredth, so that the object stays one)",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        picture = picture or drawn_picture(Path(folder) / "figure.png")
+        for name, guidance, n_steps, n_views, write in LATENT_JOBS:
+            n_steps = 4 if report.is_small else n_steps
+            label = f"{name}, {n_steps} steps, {n_views} views"
+            try:
+                model = write(Path(folder) / guidance, report.device, report.is_small)
+            except (ConradError, ImportError, OSError) as error:
+                report.add(Row(label, error=str(error)))
+                continue
+            settings = {
+                "guidance.model": model,
+                "guidance.strength": 0.01,
+                "guidance.weights.compile": compiles,
+                "optimize.n_steps": n_steps,
+                "optimize.n_views": n_views,
+                "optimize.checkpoint_every": 500,
+            }
+            if not report.is_small:
+                settings |= {"field.kind": "hash_grid", "field.encoder": "auto", "render.n_samples": 128}
+            options = ["--guidance", guidance, "--prompt", "a figure"]
+            for key, value in settings.items():
+                options += ["--set", f"{key}={value}"]
+            preset, device, n_threads = (
+                "draft" if report.is_small else "standard",
+                report.device.type,
+                torch.get_num_threads(),
+            )
+            for _ in range(2 if compiles else 1):  # the second one finds what the first compiled
+                report.add(job_row(label, run_job(picture, preset, device, n_threads, options=tuple(options))))
 
 
 def job_row(name: str, figures: JobFigures) -> Row:

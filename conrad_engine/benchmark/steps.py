@@ -211,7 +211,7 @@ def _job_steps(
 
 def job_step(config: PipelineConfig, prior: Guidance, device: torch.device) -> TrainStep:
     """Steps from the middle of a job on, whose picture shows a ball."""
-    config = replace(config, optimize=replace(config.optimize, warm_start_views=0, n_steps=100_000))
+    config = replace(config, optimize=replace(config.optimize, warm_start_views=0, n_steps=5000))
     v, u = (np.mgrid[:128, :128] + 0.5) / 64 - 1
     mask = (np.hypot(u, v) < 0.8).astype(np.float32)
     rgb = np.stack([mask * 0.8, 0.5 + 0.4 * u, 0.5 + 0.4 * v], -1).astype(np.float32)
@@ -225,7 +225,7 @@ def job_step(config: PipelineConfig, prior: Guidance, device: torch.device) -> T
     state = make_state(make_field(config.field_, unit_box(device)), [view], config, device)
     rgba = torch.from_numpy(np.concatenate([rgb * mask[..., None], mask[..., None]], -1)).permute(2, 0, 1)
     prior.set_reference(ReferencePicture(rgba.to(device), camera.to(device, torch.float32)))
-    state.step = 40_000
+    state.step = 2000
     return JobStep(state, prior, camera, config)
 
 

@@ -6,7 +6,7 @@ look at the origin and have no roll, so azimuth, elevation, distance and field o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -100,3 +100,31 @@ class Likeness(Protocol):
             rgba: Premultiplied sRGB in [0, 1], with its gradient.
             cameras: Batch of the n cameras they were rendered from.
         """
+
+
+@runtime_checkable
+class ViewSampler(Protocol):
+    """A prior that can draw views of the object from nothing but the picture."""
+
+    def sample_views(
+        self,
+        cameras: Camera,
+        n_steps: int,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+        is_joint: bool = True,
+        known: tuple[Float[Tensor, "m 4 h w"], Camera] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Float[Tensor, "n 4 size size"]:
+        """Views from pure noise; see `EmbeddedPrior.sample_views`."""
+
+
+@dataclass(frozen=True)
+class Priors:
+    """All that an optimisation asks; each has its reference set."""
+
+    guidance: Guidance | None = None
+    likeness: Likeness | None = None
+    """A further loss of distilled views."""
+    sampler: ViewSampler | None = None
+    """Draws the views of the warm start."""
