@@ -159,7 +159,8 @@ def head_of(data: bytes) -> Head | None:
     """The head of a PNG, JPEG or WebP file, without decoding it; None for other files."""
     if data.startswith(b"\x89PNG"):
         width, height, depth, kind = _whole(data[16:20]), _whole(data[20:24]), data[24:25], data[25:26]
-        has_alpha = kind in (b"\4", b"\6") or b"tRNS" in data.partition(b"IDAT")[0]
+        pixels_at = data.find(b"IDAT")
+        has_alpha = kind in (b"\4", b"\6") or data.find(b"tRNS", 0, pixels_at if pixels_at > 0 else None) > 0
         return Head(width, height, has_alpha, depth == b"\x10")
     if data.startswith(b"\xff\xd8"):
         at = 2
