@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .camera_math import is_setup
+from .jobs import is_setup
 
 LIST_NAME = "conrad_batch.json"
 LIST_VERSION = 1

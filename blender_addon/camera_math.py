@@ -232,16 +232,6 @@ def setup_json(
     }
 
 
-def is_setup(value: object) -> bool:
-    """Whether something read from a file is such a camera, so that all who use it find what they need."""
-    try:
-        shapes = [np.shape(np.array(value[name], float)) for name in ("c2w", "intrinsics", "object_center")]
-        width, height, size = (float(value[name]) for name in ("width", "height", "object_size"))
-    except (TypeError, ValueError, KeyError, IndexError):
-        return False
-    return shapes == [(4, 4), (4,), (3,)] and min(width, height, size) > 0
-
-
 def view_camera(
     view: np.ndarray, window: np.ndarray, width: int, height: int, center: np.ndarray, size: float
 ) -> tuple[np.ndarray, tuple[float, float, float, float]]:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .camera_math import is_setup
 from .engine_state import EngineSettings, Event, State
-from .jobs import Job, JobTable, Notes
+from .jobs import Job, JobTable, Notes, is_setup
 from .launcher import CannotStart, Launcher
 from .protocol import (
     ARRAYS,

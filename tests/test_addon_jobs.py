@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from blender_addon import batch
-from blender_addon.jobs import JobTable, Notes, clock
+from blender_addon.camera_math import setup_json
+from blender_addon.jobs import JobTable, Notes, clock, is_setup
 from blender_addon.protocol import JobState, Progress, Submit, new_job_id
 
 
@@ -98,6 +100,17 @@ def test_a_job_that_was_not_sent_is_kept_until_the_engine_has_it(tmp_path):
     assert kept[request.job].c2w == request.c2w
     table.confirmed(request.job)
     assert JobTable(tmp_path).unsent() == {}
+
+
+def test_a_camera_from_a_file_is_whole_or_none():
+    whole = setup_json(np.eye(4), (50.0, 50.0, 32.0, 24.0), 64, 48, np.zeros(3), 1.0)
+    assert is_setup(whole) and is_setup(json.loads(json.dumps(whole)))
+    for name, bad in (("c2w", 5), ("c2w", [[1, 0, 0, 0]] * 3), ("intrinsics", [1, 2, 3]), ("object_center", [0, 0, None]),
+                      ("width", 0), ("object_size", "large")):  # fmt: skip
+        assert not is_setup({**whole, name: bad}), (name, bad)
+    for name in whole:
+        assert not is_setup({key: value for key, value in whole.items() if key != name}), name
+    assert not is_setup([whole]) and not is_setup(None)
 
 
 def test_clock():
