@@ -17,6 +17,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .jobs import is_setup
+
 LIST_NAME = "conrad_batch.json"
 LIST_VERSION = 1
 AUTO = "auto"
@@ -39,6 +41,16 @@ SIDECAR_TYPES: dict[str, tuple[type, ...]] = {
 
 class BatchError(Exception):
     """A folder, list or side-car that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What lies on disk of one picture."""
+
+    picture: bytes
+    settings: dict
+    """Its side-car."""
+    mask: bytes | None
 
 
 @dataclass
@@ -97,12 +109,13 @@ class Batch:
             "version": LIST_VERSION,
             "folder": str(self.folder),
             "output": self.output,
-            "items": [dataclasses.asdict(item) for item in self.items],
+            "items": self.items,
         }
         partial = self.out / (LIST_NAME + ".part")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
+            # Neither indented nor by `asdict`: of thousands of pictures that takes ten times as long, at every change.
+            partial.write_text(json.dumps(data, default=vars), encoding="utf-8")
             os.replace(partial, self.out / LIST_NAME)
         except OSError as error:
             raise BatchError(f"The output folder {self.out} cannot be written to: {error.strerror or error}") from None
@@ -118,10 +131,12 @@ def find_pictures(folder: Path, pattern: str) -> list[str]:
         raise BatchError(f"{folder} is no folder")
     patterns = [p.lower() for p in pattern.split()] or ["*"]
     found = []
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.name.startswith(".") and path.name != LIST_NAME:
-            if any(fnmatch.fnmatch(path.name.lower(), p) for p in patterns):
-                found.append(path.relative_to(folder).as_posix())
+    for inside, _, names in os.walk(folder):
+        below = Path(inside).relative_to(folder)
+        for name in names:
+            is_ours = name.startswith(".") or name == LIST_NAME
+            if not is_ours and any(fnmatch.fnmatchcase(name.lower(), p) for p in patterns):
+                found.append((below / name).as_posix())
     return sorted(found)
 
 
@@ -188,13 +203,46 @@ def sidecar(picture: Path) -> dict:
             continue
         if not isinstance(value, SIDECAR_TYPES[name]) or isinstance(value, bool):
             raise BatchError(f"{path.name}: {name} must be {SIDECAR_TYPES[name][-1].__name__}, not {value!r}")
+        if name == "camera" and not is_setup(value):
+            raise BatchError(
+                f"{path.name}: camera must have c2w (4 x 4), intrinsics (fx, fy, cx, cy), width, height, "
+                "object_center (x, y, z) and object_size"
+            )
     return data
 
 
-def output_name(item: Item, suffix: str) -> str:
-    """File name of a result: the picture's, with its folders joined so that names stay distinct."""
-    stem = item.picture.rsplit(".", 1)[0].replace("/", "_")
-    return stem + suffix
+def read_source(picture: Path, max_bytes: int) -> Source:
+    """Everything that is read of a picture; a slow drive makes it take any time.
+
+    Raises:
+        BatchError: A file is missing, unreadable or too large, or the side-car is none.
+    """
+    settings = sidecar(picture)
+    mask = _read(picture.parent / settings["mask"], max_bytes) if "mask" in settings else None
+    return Source(_read(picture, max_bytes), settings, mask)
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        n_bytes = path.stat().st_size
+        data = path.read_bytes() if n_bytes <= max_bytes else b""
+    except (OSError, ValueError) as error:
+        raise BatchError(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if n_bytes > max_bytes:
+        raise BatchError(f"{path.name} has {n_bytes / 1e6:.0f} MB: at most {max_bytes / 1e6:.0f} MB are sent")
+    return data
+
+
+def output_name(batch: Batch, item: Item, suffix: str) -> str:
+    """File name of a result: the picture's with its folders joined; all of it where another picture would have the same."""
+
+    def short(picture: str) -> str:
+        return picture.rsplit(".", 1)[0].replace("/", "_")
+
+    name = short(item.picture)
+    if sum(short(other.picture).lower() == name.lower() for other in batch.items) > 1:
+        name = item.picture.replace("/", "__").replace(".", "_")
+    return name + suffix
 
 
 def grid_place(index: int, n_items: int, spacing: float) -> tuple[float, float, float]:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import bpy
 
-from . import batch, camera, importer, link, pictures, preferences, requests, scene_tools
+from . import background, batch, camera, importer, link, pictures, preferences, requests, scene_tools
 from .jobs import Job, Notes
 from .protocol import Cancel, Fetch, ProtocolError, Submit, new_job_id
 from .session import with_result_wanted
 
 IN_FLIGHT = 3
 """Jobs the engine has at once: enough to keep it busy, few enough to cancel."""
+READ_LIMIT_S = 120.0
+"""A picture that was not read by then lies on a drive that is gone; the others need not wait for it."""
 GLB = "mesh.glb"
 _PICTURES_OWN = (
     batch.BatchError,
@@ -27,15 +30,18 @@ _PICTURES_OWN = (
     camera.CannotUseCamera,
     requests.BadSettings,
     ProtocolError,
-    OSError,
-    KeyError,
 )
-"""Errors that are one picture's problem."""
+"""What may be wrong with a picture; anything else is shown with its traceback."""
 
 current: batch.Batch | None = None
 is_running = False
 message = ""
 """The last thing worth saying about the whole batch."""
+_at_hand: tuple[batch.Item, float] | None = None
+"""The picture that is being read and sent, one at a time, and since when. Another value, even an equal one, tells the work on
+this one that nobody waits for it any more."""
+_being_written: set[str] = set()
+"""Jobs whose GLB file is on its way to the disk."""
 
 
 def open_scene_batch(scene: bpy.types.Scene) -> batch.Batch:
@@ -44,14 +50,14 @@ def open_scene_batch(scene: bpy.types.Scene) -> batch.Batch:
     Raises:
         BatchError: See `batch.open_batch`.
     """
-    global current, message
+    global current, message, _at_hand
     chosen = scene.conrad.batch
     if not chosen.folder:
         raise batch.BatchError("Choose the folder with the pictures")
     folder = Path(bpy.path.abspath(chosen.folder))
     out = Path(bpy.path.abspath(chosen.out_folder)) if chosen.out_folder else folder / "conrad_results"
     current = batch.open_batch(folder, chosen.pattern, out, chosen.output)
-    message = ""
+    message, _at_hand = "", None
     if chosen.output in ("GRID", "COLLECTIONS"):
         _append_missing(scene)
     sync_list()
@@ -69,15 +75,21 @@ def start() -> None:
 
 def stop(cancel_jobs: bool) -> None:
     """Send nothing more; what the engine has in hand is finished or cancelled."""
-    global is_running
-    is_running = False
+    global is_running, _at_hand
+    is_running, _at_hand = False, None
     if current is None:
         return
+    session = link.session()
     for item in current.items:
         if item.state == batch.SENT and cancel_jobs:
-            link.session().ask(Cancel(item.job))
+            job = session.table.jobs.get(item.job)
+            if job is not None and job.state is None and not job.is_remembered:
+                # It is still on its way to the engine.
+                session.forget(job)
+            else:
+                session.ask(Cancel(item.job))
             item.state, item.job = batch.WAITING, ""
-    current.save()
+    _save()
 
 
 def sync_list() -> None:
@@ -95,58 +107,90 @@ def _step() -> bool:
     global is_running, message
     if not is_running or current is None:
         return False
-    try:
-        for item in current.items:
-            if item.state == batch.SENT:
-                _follow(item)
-        if sum(item.state == batch.SENT for item in current.items) < IN_FLIGHT:
-            item = current.next_waiting()
-            if item is not None:
-                _send(item)
-    except batch.BatchError as error:
-        message, is_running = str(error), False
-        return False
-    if current.is_finished:
+    for item in current.items:
+        if item.state == batch.SENT:
+            _follow(item)
+    _send_next()
+    if is_running and current.is_finished:
         counts = current.counts
         message, is_running = f"{counts[batch.DONE]} finished, {counts[batch.FAILED]} failed", False
         scene_tools.redraw()
     return is_running
 
 
-def _fail(item: batch.Item, error: str) -> None:
+def _save() -> None:
+    """Write the list; a batch whose list cannot be written stops, because it could not be resumed."""
+    global is_running, message
     assert current is not None
+    try:
+        current.save()
+    except batch.BatchError as error:
+        message, is_running = str(error), False
+
+
+def _fail(item: batch.Item, error: str) -> None:
     item.state, item.error = batch.FAILED, error
-    current.save()
+    _save()
     scene_tools.redraw()
 
 
-def _send(item: batch.Item) -> None:
-    """Send one picture; whatever is wrong with it is its own problem and not the batch's."""
+def _send_next() -> None:
+    """Take the next picture in hand when there is room for it."""
+    global _at_hand
     assert current is not None
-    scene = scene_tools.scene_now()
+    if _at_hand is not None:
+        item, since = _at_hand
+        if item.state == batch.WAITING and time.monotonic() - since > READ_LIMIT_S:
+            _at_hand = None
+            _fail(item, f"It was not read within {READ_LIMIT_S:.0f} s: is its drive still there?")
+        return
+    item = current.next_waiting()
+    if item is not None and sum(item.state == batch.SENT for item in current.items) < IN_FLIGHT:
+        _at_hand = item, time.monotonic()
+        background.start(_sending(item))
+
+
+def _sending(item: batch.Item) -> background.Steps:
+    """Read one picture and send it; whatever is wrong with it is its own problem and not the batch's."""
+    global _at_hand
+    assert current is not None
+    table, own, notes = link.session().table, _at_hand, None
     try:
-        request, notes = _request(item, scene)
+        source = yield partial(batch.read_source, current.path(item), pictures.MAX_FILE_BYTES)
+        if _at_hand is not own:
+            return
+        request, notes = _request(item, scene_tools.scene_now(), source)
         item.job, item.state, item.attempts = notes.job, batch.SENT, item.attempts + 1
+        table.add(notes)
         # The list knows the job before the engine does: a crash in between costs nothing.
         current.save()
-        link.session().submit(request, notes)
-    except _PICTURES_OWN as error:
-        _fail(item, str(error))
-    link.sync_list()
+        yield partial(table.keep_request, request)
+        if notes.job in table.jobs:
+            link.session().submit(request, notes)
+        else:
+            # It was cancelled meanwhile.
+            table.confirmed(notes.job)
+    except Exception as error:
+        if notes is not None:
+            table.remove(notes.job)
+        if _at_hand is own:
+            _fail(item, str(error) or type(error).__name__)
+        if not isinstance(error, _PICTURES_OWN):
+            raise
+    finally:
+        if _at_hand is own:
+            _at_hand = None
+        link.sync_list()
 
 
-def _request(item: batch.Item, scene: bpy.types.Scene) -> tuple[Submit, Notes]:
+def _request(item: batch.Item, scene: bpy.types.Scene, source: batch.Source) -> tuple[Submit, Notes]:
     assert current is not None
-    path, settings = current.path(item), scene.conrad
-    own = batch.sidecar(path)
+    path, settings, own = current.path(item), scene.conrad, source.settings
     fields = {**requests.job_fields(settings), **{k: own[k] for k in requests.job_fields(settings) if k in own}}
     overrides = {**requests.extra_overrides(settings.extra), **own.get("overrides", {})}
-    data = path.read_bytes()
-    if len(data) > pictures.MAX_FILE_BYTES:
-        raise batch.BatchError(f"{path.name} has {len(data) / 1e6:.0f} MB, more than the engine takes")
     setup, elevation = own.get("camera", {}), own.get("elevation_deg")
     if not setup and elevation is None and settings.batch.camera == "CAMERA":
-        setup = _scene_camera(path, data, scene)
+        setup = _scene_camera(path, source.picture, scene)
     if not setup:
         overrides.setdefault("picture.fov_deg", float(own.get("fov_deg", math.degrees(settings.fov))))
         if elevation is None:
@@ -179,8 +223,8 @@ def _request(item: batch.Item, scene: bpy.types.Scene) -> tuple[Submit, Notes]:
     request = Submit(
         notes.job,
         name=notes.name,
-        picture=data,
-        mask=(path.parent / own["mask"]).read_bytes() if "mask" in own else None,
+        picture=source.picture,
+        mask=source.mask,
         overrides=overrides,
         **(requests.camera_fields(setup) if setup else {}),
         **fields,
@@ -228,8 +272,8 @@ def _take_result(item: batch.Item, job: Job) -> None:
     session = link.session()
     if current.output == "GLB":
         key = (job.id, GLB)
-        if key not in session.file_takers:
-            session.file_takers[key] = lambda data: _write_glb(item, job, data)
+        if key not in session.file_takers and job.id not in _being_written:
+            session.file_takers[key] = lambda data: background.start(_writing(item, job, data))
             session.ask(Fetch(job.id, GLB))
         return
     if not job.wants_import:
@@ -241,22 +285,35 @@ def _take_result(item: batch.Item, job: Job) -> None:
         _bring_in(item, job)
 
 
-def _write_glb(item: batch.Item, job: Job, data: bytes) -> None:
+def _writing(item: batch.Item, job: Job, data: bytes) -> background.Steps:
+    """Write a result's file, unless the batch is stopped meanwhile."""
     assert current is not None
-    name = batch.output_name(item, ".glb")
-    partial = current.out / (name + ".part")
+    name, problem = batch.output_name(current, item, ".glb"), ""
+    _being_written.add(job.id)
     try:
-        partial.write_bytes(data)
-        partial.replace(current.out / name)
+        yield partial(_write, current.out / name, data)
     except OSError as error:
-        return _fail(item, f"{name} cannot be written: {error.strerror or error}")
-    _finish(item, job, name)
+        problem = f"{name} cannot be written: {error.strerror or error}"
+    finally:
+        _being_written.discard(job.id)
+    if item.state != batch.SENT or item.job != job.id:
+        return
+    if problem:
+        _fail(item, problem)
+    else:
+        _finish(item, job, name)
+
+
+def _write(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
 
 
 def _bring_in(item: batch.Item, job: Job) -> None:
     """Import a result and write its own .blend file; the scene keeps the object where the output says so."""
     assert current is not None and job.result is not None
-    number, name = job.result.result, batch.output_name(item, ".blend")
+    number, name = job.result.result, batch.output_name(current, item, ".blend")
     scene = scene_tools.scene_now()
     collection = job.name if current.output == "COLLECTIONS" else scene_tools.COLLECTION_NAME
     try:
@@ -279,7 +336,7 @@ def _finish(item: batch.Item, job: Job, output: str) -> None:
     item.state, item.output, item.error = batch.DONE, output, ""
     item.seconds = job.state.elapsed_s if job.state else item.seconds
     link.session().table.imported(job, job.result_number)
-    current.save()
+    _save()
     scene_tools.redraw()
 
 
@@ -347,7 +404,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    global current, is_running
-    current, is_running = None, False
+    global current, is_running, _at_hand
+    current, is_running, _at_hand = None, False, None
     if _step in link.steps:
         link.steps.remove(_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +18,8 @@ CAMERA_NAME, PROXY_NAME = "ConRad Reference", "ConRad Proxy"
 SENSOR_MM = 36.0
 ALPHA_DEPTHS = (32, 64, 128)
 """Bits a pixel of pictures that have alpha; Blender gives all four channels, whatever the file has."""
+fits_later = not bpy.app.background
+"""A window has ticks at which a camera can move once the outline of its picture is known; a script has none."""
 OUTLINE_SIDE = 1024
 """Pixels along a picture's larger side that are looked at for its outline."""
 
@@ -277,7 +280,7 @@ def fit_to_picture(item: bpy.types.Object, image: bpy.types.Image) -> None:
     Raises:
         CannotUseCamera: It has no proxy or is not a perspective camera.
     """
-    if has_alpha(image) and pictures.is_large(image) and not bpy.app.background:
+    if has_alpha(image) and pictures.is_large(image) and fits_later:
         background.start(_fit_later(item, image))
     else:
         fit_to_box(item, image, outline_box(image))
@@ -298,9 +301,13 @@ def _fit_later(item: bpy.types.Object, image: bpy.types.Image) -> background.Ste
     try:
         yield from pictures.until_decoded(image)
         box = yield from _outline(pictures.found(uid))
+        while scene_tools.is_busy():
+            yield partial(time.sleep, 0.05)
         item = bpy.data.objects.get(name)
         if item is not None and np.array_equal(pose_of(item), pose):
             fit_to_box(item, pictures.found(uid), box)
+            # The operator's own undo step has the camera as it was before.
+            scene_tools.push_undo("ConRad: Fit to Picture")
             scene_tools.redraw(view=True)
     except (pictures.NoPicture, CannotUseCamera):
         return

@@ -12,6 +12,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .protocol import FINAL_STATES, JobState, Preview, Progress, ProtocolError, Result, Submit, decode, encode
 
@@ -181,6 +182,18 @@ class Job:
         stage = STAGE_NAMES.get(self.progress.stage, self.progress.stage.capitalize())
         line = f"{stage} {self.progress.step}/{self.progress.n_steps}"
         return line if self.progress.eta_s is None else f"{line} - {clock(self.progress.eta_s)} left"
+
+
+def is_setup(value: Any) -> bool:
+    """Whether something read from a file is a camera as `camera_math.setup_json` writes it, so that all who use it find what
+    they need."""
+    try:
+        lengths = [len([float(x) for x in row]) for row in value["c2w"]]
+        lengths += [len([float(x) for x in value[name]]) for name in ("intrinsics", "object_center")]
+        sizes = [float(value[name]) for name in ("width", "height", "object_size")]
+    except (TypeError, ValueError, KeyError):
+        return False
+    return lengths == [4, 4, 4, 4, 4, 3] and min(sizes) > 0
 
 
 def clock(seconds: float) -> str:

@@ -39,6 +39,11 @@ class JobOperator:
         return {"FINISHED"}
 
 
+def _pause(context: bpy.types.Context) -> str:
+    settings = context.scene.conrad
+    return pictures.why_pause(settings.image, settings.mask if settings.use_mask else None)
+
+
 class CONRAD_OT_generate(bpy.types.Operator):
     bl_idname = "conrad.generate"
     bl_label = "Generate"
@@ -54,11 +59,12 @@ class CONRAD_OT_generate(bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
+            pause = _pause(context)
             notes = requests.start_job(context)
         except (NoPicture, camera.CannotUseCamera, requests.BadSettings, EngineUnavailable) as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
-        self.report({"INFO"}, f"{notes.name}: job sent to the engine")
+        self.report({"INFO"}, pause or f"{notes.name}: job sent to the engine")
         return {"FINISHED"}
 
 
@@ -77,11 +83,12 @@ class CONRAD_OT_project(bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
+            pause = _pause(context)
             notes = requests.start_projection(context)
         except (NoPicture, camera.CannotUseCamera, requests.BadSettings, EngineUnavailable) as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
-        self.report({"INFO"}, f"{notes.name}: job sent to the engine")
+        self.report({"INFO"}, pause or f"{notes.name}: job sent to the engine")
         return {"FINISHED"}
 
 

@@ -19,8 +19,11 @@ PLAIN_FORMATS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"
 MAX_FILE_BYTES = 64 * 1024 * 1024
 HEAD_BYTES = 1024 * 1024
 """Color profiles and thumbnails stand before a JPEG file's size."""
-LARGE_PIXELS = 2_000_000
-"""Handing out more takes longer than Blender should wait for: threads do what they can of it."""
+LARGE_PIXELS = 2**18
+"""Of more, threads do what they can: making room for the pixels of a megapixel alone took Blender 45 ms at times, because the
+system hands out new memory page by page."""
+QUIET_PIXELS, QUIET_RENDERED_PIXELS = 4096**2, 2**18
+"""Only Blender's own thread can take pixels out of Blender; more than these take it longer than 50 ms."""
 PATIENCE_S = 3.0
 """How long Blender's own thread is given to decode a picture for its icon."""
 
@@ -78,10 +81,24 @@ def is_large(*images: bpy.types.Image | None) -> bool:
     return any(width * height > LARGE_PIXELS for width, height in sizes)
 
 
+def why_pause(*images: bpy.types.Image | None) -> str:
+    """What to tell the user when Blender stands still while one of these is read, or nothing."""
+    for image in images:
+        if image is None:
+            continue
+        is_rendered = image.type in ("RENDER_RESULT", "COMPOSITING")
+        if image.source == "FILE" and not image.is_dirty and not is_rendered:
+            continue
+        width, height = size_of(image)
+        if width * height > (QUIET_RENDERED_PIXELS if is_rendered else QUIET_PIXELS):
+            return f"Blender stops for a moment to read {image.name}; a saved PNG or JPEG file is read while it goes on"
+    return ""
+
+
 def until_decoded(*images: bpy.types.Image | None) -> Steps:
     """Give Blender's own thread, which draws the icon of a chosen picture, the time to decode it."""
     uids = [image.session_uid for image in images if image is not None and image.source == "FILE"]
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + (0 if bpy.app.background else PATIENCE_S)
     while not all(found(uid).has_data for uid in uids) and time.monotonic() < end:
         yield partial(time.sleep, 0.02)
 
@@ -159,7 +176,8 @@ def head_of(data: bytes) -> Head | None:
     """The head of a PNG, JPEG or WebP file, without decoding it; None for other files."""
     if data.startswith(b"\x89PNG"):
         width, height, depth, kind = _whole(data[16:20]), _whole(data[20:24]), data[24:25], data[25:26]
-        has_alpha = kind in (b"\4", b"\6") or b"tRNS" in data.partition(b"IDAT")[0]
+        pixels_at = data.find(b"IDAT")
+        has_alpha = kind in (b"\4", b"\6") or data.find(b"tRNS", 0, pixels_at if pixels_at > 0 else None) > 0
         return Head(width, height, has_alpha, depth == b"\x10")
     if data.startswith(b"\xff\xd8"):
         at = 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine_state import EngineSettings, Event, State
-from .jobs import Job, JobTable, Notes
+from .jobs import Job, JobTable, Notes, is_setup
 from .launcher import CannotStart, Launcher
 from .protocol import (
     ARRAYS,
@@ -453,11 +453,9 @@ def _read_setup(data: bytes) -> dict:
     """A camera set-up from its file; nothing if it is not one, because the object does not depend on it."""
     try:
         setup = json.loads(data)
-        whole = [len(row) for row in setup["c2w"]] == [4] * 4 and len(setup["intrinsics"]) == 4
-        whole = whole and len(setup["object_center"]) == 3 and setup["width"] > 0 and setup["height"] > 0
-        return setup if whole and setup["object_size"] else {}
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         return {}
+    return setup if is_setup(setup) else {}
 
 
 def with_result_wanted(session: Session, job: Job) -> None:

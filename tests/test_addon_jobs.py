@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from blender_addon import batch
-from blender_addon.jobs import JobTable, Notes, clock
+from blender_addon.camera_math import setup_json
+from blender_addon.jobs import JobTable, Notes, clock, is_setup
 from blender_addon.protocol import JobState, Progress, Submit, new_job_id
 
 
@@ -99,6 +102,17 @@ def test_a_job_that_was_not_sent_is_kept_until_the_engine_has_it(tmp_path):
     assert JobTable(tmp_path).unsent() == {}
 
 
+def test_a_camera_from_a_file_is_whole_or_none():
+    whole = setup_json(np.eye(4), (50.0, 50.0, 32.0, 24.0), 64, 48, np.zeros(3), 1.0)
+    assert is_setup(whole) and is_setup(json.loads(json.dumps(whole)))
+    for name, bad in (("c2w", 5), ("c2w", [[1, 0, 0, 0]] * 3), ("intrinsics", [1, 2, 3]), ("object_center", [0, 0, None]),
+                      ("width", 0), ("object_size", "large")):  # fmt: skip
+        assert not is_setup({**whole, name: bad}), (name, bad)
+    for name in whole:
+        assert not is_setup({key: value for key, value in whole.items() if key != name}), name
+    assert not is_setup([whole]) and not is_setup(None)
+
+
 def test_clock():
     assert [clock(s) for s in (0, 59.6, 75, 3725)] == ["0:00", "1:00", "1:15", "1:02:05"]
 
@@ -173,6 +187,7 @@ def test_another_output_does_finished_pictures_again(tmp_path):
         ('{"colour": 1}', "unknown setting 'colour'"),
         ('{"seed": "x"}', "seed must be int"),
         ('{"size": true}', "size must be float"),
+        ('{"camera": {"c2w": 5}}', "camera must have c2w"),
     ],
 )
 def test_side_cars_are_checked(tmp_path, text, reason):
@@ -189,7 +204,22 @@ def test_a_side_car_is_read_and_may_be_missing(tmp_path):
     assert batch.sidecar(tmp_path / "a.png") == {"elevation_deg": batch.AUTO}
 
 
+def test_all_that_belongs_to_a_picture_is_read_at_once(tmp_path):
+    pictures(tmp_path, "a.png", "mask.png")
+    (tmp_path / "a.json").write_text('{"mask": "mask.png"}')
+    assert batch.read_source(tmp_path / "a.png", 1) == batch.Source(b"x", {"mask": "mask.png"}, b"x")
+    (tmp_path / "mask.png").write_bytes(bytes(3_000_000))
+    with pytest.raises(batch.BatchError, match="mask.png has 3 MB: at most 2 MB are sent"):
+        batch.read_source(tmp_path / "a.png", 2_000_000)
+    (tmp_path / "mask.png").unlink()
+    with pytest.raises(batch.BatchError, match="mask.png cannot be read: No such file"):
+        batch.read_source(tmp_path / "a.png", 1)
+
+
 def test_names_and_places_are_distinct():
-    assert batch.output_name(batch.Item("sub/a.b.png"), ".glb") == "sub_a.b.glb"
+    names = ("sub/a.b.png", "cup.png", "cup.jpg", "x/y.png", "x_y.png")
+    opened = batch.Batch(Path(), Path(), [batch.Item(name) for name in names])
+    found = [batch.output_name(opened, item, ".glb") for item in opened.items]
+    assert found == ["sub_a.b.glb", "cup_png.glb", "cup_jpg.glb", "x__y_png.glb", "x_y_png.glb"]
     places = {batch.grid_place(k, 7, 1.5) for k in range(7)}
     assert len(places) == 7 and max(abs(x) for x, _, _ in places) == 1.5

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,7 +146,8 @@ def check_elevations(folder: Path) -> None:
     def sent(camera: str, **own: object) -> tuple:
         scene.conrad.batch.camera = camera
         (folder / "in" / "cup.json").write_text(json.dumps(own))
-        request, _ = batch_run._request(opened.items[0], scene)
+        source = batch.read_source(folder / "in" / "cup.png", 10_000)
+        request, _ = batch_run._request(opened.items[0], scene, source)
         names = ("elevation_deg", "is_elevation_known", "guess_elevation")
         return tuple(request.overrides.get(f"picture.{name}") for name in names)
 
@@ -158,6 +160,58 @@ def check_elevations(folder: Path) -> None:
     assert sent("CAMERA", elevation_deg="auto") == (None, None, None), "it needs no camera then"
     (folder / "in" / "cup.json").unlink()
     batch_run.current = None
+
+
+def check_slow_drive(folder: Path) -> None:
+    """Blender goes on while a picture is being read; it can be stopped then, and one that hangs does not stop the rest."""
+    batch, batch_run, background, session = part("batch"), part("batch_run"), part("background"), part("link").session()
+    settings, gate = empty_scene().conrad.batch, threading.Event()
+    bpy.context.scene.conrad.preset = "draft"
+    real, table, before = (batch.read_source, batch_run.READ_LIMIT_S), session.table, len(session.table.jobs)
+    settings.folder, settings.out_folder, settings.output = str(folder / "in"), str(folder / "slow"), "GLB"
+    settings.pattern = "cup.png pot.png"
+
+    def hanging(picture: Path, max_bytes: int) -> object:
+        assert picture.name != "cup.png" or gate.wait(60)
+        return real[0](picture, max_bytes)
+
+    def keeping(request: object) -> None:
+        gate.wait(60)
+        type(table).keep_request(table, request)
+
+    try:
+        batch.read_source = hanging
+        assert bpy.ops.conrad.batch_start() == {"FINISHED"}
+        for _ in range(3):
+            part("link").pump()
+        assert background._running and states() == {"cup.png": "waiting", "pot.png": "waiting"}, "one after the other"
+        bpy.ops.conrad.batch_stop()
+        gate.set()
+        pump_until(lambda: not background._running)
+        assert set(states().values()) == {"waiting"} and len(table.jobs) == before, "it was stopped before it was sent"
+
+        batch.read_source, table.keep_request = real[0], keeping
+        gate.clear()
+        bpy.ops.conrad.batch_start()
+        pump_until(lambda: states()["cup.png"] == "sent")
+        bpy.ops.conrad.batch_stop()
+        gate.set()
+        pump_until(lambda: not background._running)
+        assert len(table.jobs) == before and not session._unsent and not table.unsent(), "neither is it sent afterwards"
+        del table.keep_request
+
+        gate.clear()
+        batch.read_source, batch_run.READ_LIMIT_S = hanging, 0.3
+        bpy.ops.conrad.batch_start()
+        pump_until(lambda: not batch_run.is_running)
+        assert states() == {"cup.png": "failed", "pot.png": "done"}
+        assert "not read within" in batch_run.current.items[0].error
+        gate.set()
+        pump_until(lambda: not background._running)
+        assert states()["cup.png"] == "failed" and len(table.jobs) == before + 1, "it comes too late"
+    finally:
+        gate.set()
+        batch.read_source, batch_run.READ_LIMIT_S = real
 
 
 def check_retry(folder: Path) -> None:
@@ -185,6 +239,7 @@ def run() -> None:
     check_retry(folder)
     check_scene_camera(folder)
     check_elevations(folder)
+    check_slow_drive(folder)
 
 
 if __name__ == "__main__":

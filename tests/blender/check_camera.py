@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from types import SimpleNamespace
 
 import bpy
 import numpy as np
@@ -105,6 +106,22 @@ def check_outline() -> None:
         bpy.data.images.remove(image)
 
 
+def check_pause() -> None:
+    """Only a very large picture that no file has is worth a word, and a render result much earlier."""
+    pictures = part("pictures")
+    image = bpy.data.images.new("huge", 4097, 4096)
+    assert "Blender stops for a moment to read huge" in pictures.why_pause(None, image)
+    image.scale(4096, 4096)
+    assert not pictures.why_pause(image, None)
+    bpy.data.images.remove(image)
+    stand_in = SimpleNamespace(
+        type="RENDER_RESULT", source="VIEWER", name="Render Result", has_data=True, size=(1920, 1080)
+    )
+    assert "read Render Result" in pictures.why_pause(stand_in)
+    photo = SimpleNamespace(type="IMAGE", source="FILE", is_dirty=False)
+    assert not pictures.why_pause(photo), "of a file nothing is looked at: its size could have it decoded"
+
+
 def check_fit_later() -> None:
     """In a window the outline of a large picture is found while Blender goes on; a camera that was moved stays there."""
     camera, background = part("camera"), part("background")
@@ -198,6 +215,7 @@ def check_deletion() -> None:
 
 def run() -> None:
     check_projection()
+    check_pause()
     check_fit_later()
     check_adding()
     check_outline()
