@@ -165,9 +165,8 @@ class OptimizeConfig:
     """The optimisation loop."""
 
     warm_start_views: int = 12
-    """Views sampled jointly from the prior and fitted first; 0 starts with score distillation (embedded prior only)."""
-    warm_start_rings: int = 1
-    """Rings of so many views, each sampled by itself, between the views of the others."""
+    """Views sampled jointly from the embedded prior, whatever the guidance is, and fitted first; 0 starts with score
+    distillation."""
     warm_start_sampling: int = 20
     """Denoising steps of these views."""
     warm_start_steps: int = 120

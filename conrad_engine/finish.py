@@ -96,9 +96,13 @@ def finish(
         textured = with_detail(textured, view, prepared, frame, config, device, at_view)
     to_world = final_similarity(frame, textured.vertices)
     setup = _world_setup(frame, to_world, textured.vertices)
+    seen = view.resized(MEASURED_PICTURE)
+    field_picture = render_picture(
+        full, seen.to(device).camera, FIELD_SAMPLES, state.occupancy, config.render.max_points, with_normals=True
+    )
     numbers = {
         "level": level,
-        **reference_measures(state, full, view, textured, config),
+        **reference_measures(state, seen, field_picture, textured, config),
         **back_measures(textured, view),
     }
     numbers |= topology(textured.vertices, textured.faces)
@@ -107,13 +111,6 @@ def finish(
     write_files(textured, folder, name)
     write_json(folder / "camera.json", setup.to_json())
     at("pictures")
-    field_picture = render_picture(
-        full,
-        view.resized(MEASURED_PICTURE).to(device).camera,
-        FIELD_SAMPLES,
-        state.occupancy,
-        with_normals=True,
-    )
     write_pictures(textured, setup, prepared, view, frame, field_picture, numbers, config.mesh, folder, name)
     return Finished(textured, setup, numbers)
 
@@ -209,27 +206,25 @@ def _world_setup(frame: Frame, to_world: Similarity, vertices: np.ndarray) -> Ca
 
 
 def reference_measures(
-    state: State, full: ConstrainedField, view: ReferenceView, mesh: TexturedMesh, config: PipelineConfig
+    state: State, seen: ReferenceView, field_picture: Picture, mesh: TexturedMesh, config: PipelineConfig
 ) -> dict[str, float]:
-    """How exactly field and mesh show the picture, seen from its own camera, inside the mask."""
-    device = state.field.aabb.device
-    numbers = {}
+    """How exactly field and mesh show the picture, seen from its own camera, inside the mask.
+
+    Args:
+        seen: The picture at the size that is compared.
+        field_picture: The field with the full-size picture, from that camera.
+    """
     training = state.constrained.views[0].picture
-    for name, field, seen in (
-        ("training", state.constrained, training),
-        ("full", full, view.resized(MEASURED_PICTURE)),
-    ):
-        picture = render_picture(
-            field, seen.to(device).camera, FIELD_SAMPLES, state.occupancy, config.render.max_points
-        )
-        inside = (seen.mask[0] > 0.99).cpu().numpy()
-        wanted = seen.rgb.permute(1, 2, 0).cpu().numpy()
+    camera = training.to(state.field.aabb.device).camera
+    trained = render_picture(state.constrained, camera, FIELD_SAMPLES, state.occupancy, config.render.max_points)
+    numbers = {}
+    for name, shown, picture in (("training", training, trained), ("full", seen, field_picture)):
+        inside = (shown.mask[0] > 0.99).cpu().numpy()
+        wanted = shown.rgb.permute(1, 2, 0).cpu().numpy()
         numbers[f"field_psnr_{name}"] = measure.psnr(picture.on(0.0).cpu().numpy(), wanted, inside)
         numbers[f"field_opacity_{name}"] = float(picture.opacities.cpu().numpy()[inside].mean())
-    seen = view.resized(MEASURED_PICTURE)
-    rendered = render_mesh(
-        mesh, seen.camera, supersample=3
-    )  # an odd number, so that half coverage is the pixel's center
+    # An odd number, so that half coverage is the pixel's center.
+    rendered = render_mesh(mesh, seen.camera, supersample=3)
     mask = seen.mask[0].numpy() > 0.5
     ours = rendered[..., 3] > 0.5
     wanted = seen.rgb.permute(1, 2, 0).numpy()

@@ -22,8 +22,6 @@ class EmbeddedPriorConfig:
     """Noise time at its end."""
     t_spread: float = 0.05
     """Half width of the random range around it."""
-    mirrors: bool = True
-    """Every second step looks in a mirror: the network's mistakes of left and right even out."""
     weights: str = ""
     """Path of other weights of the same architecture; the shipped ones when empty."""
     precision: str = "auto"
@@ -44,8 +42,8 @@ class WeightsConfig:
     memory: str = "auto"
     """Memory preset in GiB: 6, 8, 12, 24, or auto: the largest that fits the device's free memory."""
     compile: bool = False
-    """On a GPU, compile the networks: a tenth to a fifth faster, for a minute or two before the first step (once: the result
-    is kept); worth it from some thousand steps on."""
+    """On a GPU, compile the UNet: steps a tenth faster, for a minute or two before the first one (once: the result is kept);
+    worth it from some thousand steps on."""
     tiny_autoencoder: str = ""
     """Hub id or folder of a tiny autoencoder (`madebyollin/taesd`); empty keeps the model's own. Faster, less exact."""
 

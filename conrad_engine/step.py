@@ -75,7 +75,7 @@ class TrainStep:
         can_be_split = guidance is None or isinstance(guidance, SplitGuidance)
         if ranks.count > 1 and not can_be_split:
             raise InputError("this guidance cannot be split over several GPUs; set optimize.n_gpus=1")
-        is_wanted = config.optimize.capture == "auto" and can_be_split
+        is_wanted = config.optimize.capture == "auto" and can_be_split and state.field.can_be_captured
         captured = self._on_device if ranks.count == 1 else self._gradients
         self.graphed = GraphedStep(captured, state.device, enabled=is_wanted)
         self.n_coarse = n_coarse_steps(config)
@@ -177,7 +177,7 @@ class TrainStep:
 
     @cached_property
     def _sampled(self) -> SampledViews:
-        return SampledViews.of(self.state, self.condition, self.config.optimize.warm_start_rings)
+        return SampledViews.of(self.state, self.condition)
 
     @property
     def _view_size(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -29,12 +28,11 @@ HULL_CELLS = 72
 """Cells a side of the hull that sampled views are carved into."""
 
 
-def ring_cameras(condition: Camera, n_views: int, half_frame: float, size: int, n_rings: int = 1) -> Camera:
-    """Views of the warm start: all around except the reference's own place, at two heights; ring after ring."""
-    places = torch.arange(1, n_views + 1) + torch.arange(n_rings)[:, None] / n_rings
-    azimuths = (places * (2 * math.pi / (n_views + 1))).flatten()
-    elevations = torch.deg2rad(torch.tensor([5.0, 30.0])).repeat(n_views)[:n_views].repeat(n_rings)
-    half_frames = torch.full((n_views * n_rings,), half_frame)
+def ring_cameras(condition: Camera, n_views: int, half_frame: float, size: int) -> Camera:
+    """Views of the warm start: all around except the reference's own place, at two heights."""
+    azimuths = torch.arange(1, n_views + 1) * (2 * math.pi / (n_views + 1))
+    elevations = torch.deg2rad(torch.tensor([5.0, 30.0])).repeat(n_views)[:n_views]
+    half_frames = torch.full((n_views,), half_frame)
     return view_cameras(half_angle_tangent(condition), azimuths, elevations, half_frames, size)
 
 
@@ -66,39 +64,34 @@ def sample_warm_start(
     settings = config.optimize
     for half_frame in (VIEW_HALF_FRAME, 1.15):
         state.half_frame = half_frame
-        n_views, n_steps, n_rings = settings.warm_start_views, settings.warm_start_sampling, settings.warm_start_rings
-        cameras = ring_cameras(condition, n_views, half_frame, config.render.size, n_rings).to(state.device)
-        monitor.progress(Progress("warm_start", 0, n_steps * n_rings))
-        generator = torch.Generator(state.device).manual_seed(config.seed)
-        rings = [
-            sampler.sample_views(
-                cameras[ring * n_views : (ring + 1) * n_views],
-                n_steps=n_steps,
-                generator=generator,
-                on_step=partial(_sampling_step, ring * n_steps, n_steps * n_rings, monitor),
-            )
-            for ring in range(n_rings)
-        ]
-        state.sampled = torch.cat(rings)
+        cameras = ring_cameras(condition, settings.warm_start_views, half_frame, config.render.size)
+        cameras = cameras.to(state.device)
+        monitor.progress(Progress("warm_start", 0, settings.warm_start_sampling))
+        state.sampled = sampler.sample_views(
+            cameras,
+            n_steps=settings.warm_start_sampling,
+            generator=torch.Generator(state.device).manual_seed(config.seed),
+            on_step=lambda k: _sampling_step(k, settings.warm_start_sampling, monitor),
+        )
         border = torch.cat([state.sampled[:, 3, :, :1], state.sampled[:, 3, :, -1:]], -1)
         if (border > 0.5).float().mean() < 0.02:
             break
         log.info("the object is deeper than it is wide: its views are drawn again from farther away")
     if settings.carve:
-        carve(state, cameras, settings.warm_start_rings)
+        carve(state, cameras)
 
 
-def _sampling_step(before: int, n_steps: int, monitor: Monitor, step: int) -> None:
-    monitor.progress(Progress("warm_start", before + step, n_steps))
+def _sampling_step(step: int, n_steps: int, monitor: Monitor) -> None:
+    monitor.progress(Progress("warm_start", step, n_steps))
     if monitor.command() is Command.CANCEL:
         raise Cancelled("cancelled while the first views were drawn")
 
 
-def carve(state: State, cameras: Camera, n_rings: int = 1) -> None:
+def carve(state: State, cameras: Camera) -> None:
     """Start from the space that the sampled silhouettes leave: their visual hull, lenient with a single dissenting view.
 
     A point's score sums the logarithms of the opacities it projects to; the worst view counts half, so a point that one view
-    sees outside starts half dense and one that two views see outside starts empty. Of several rings the mean counts.
+    sees outside starts half dense and one that two views see outside starts empty.
     """
     field, sampled = state.field, state.sampled
     resolution = HULL_CELLS
@@ -114,7 +107,7 @@ def carve(state: State, cameras: Camera, n_rings: int = 1) -> None:
         :, 0, 0
     ]
     logs = seen.clamp(0.02, 1).log()
-    score = _lifted(logs.sum(0) / n_rings - 0.5 * logs.amin(0), points, state.constrained)
+    score = _lifted(logs.sum(0) - 0.5 * logs.amin(0), points, state.constrained)
     cell = float((field.aabb[1] - field.aabb[0]).max()) / field.config.resolution
     field.initialize(((score + 2) * cell).view(resolution, resolution, resolution))
     field.prepare()
@@ -149,10 +142,10 @@ class SampledViews:
     """Of each pixel of all views: half of the rays go near the object."""
 
     @staticmethod
-    def of(state: State, condition: Camera, n_rings: int) -> SampledViews:
+    def of(state: State, condition: Camera) -> SampledViews:
         assert state.sampled is not None, "there is a fit only to sampled views"
-        n_views, size = len(state.sampled) // n_rings, state.sampled.shape[-1]
-        cameras = ring_cameras(condition, n_views, state.half_frame, size, n_rings).to(state.device)
+        n_views, size = len(state.sampled), state.sampled.shape[-1]
+        cameras = ring_cameras(condition, n_views, state.half_frame, size).to(state.device)
         near = torch.nn.functional.max_pool2d(state.sampled[:, 3:], 5, 1, 2).flatten() > 0.05
         return SampledViews(state.sampled, cameras, near / near.sum().clamp(min=1) + 1 / near.numel())
 

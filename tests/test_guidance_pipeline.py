@@ -48,6 +48,24 @@ def test_a_mixture_makes_an_object(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_embedded_prior_starts_a_job_of_another_one(tmp_path):
+    """Whoever only chooses another guidance gets an object all the same."""
+    start = {"optimize.warm_start_views": 2, "optimize.warm_start_sampling": 2, "optimize.warm_start_steps": 20}
+    model = {"guidance": "zero123", "guidance.model": str(tiny.write_zero123(tmp_path / "zero123"))}
+    seen = set()
+
+    class Watching(Monitor):
+        def progress(self, progress):
+            seen.update(progress.losses)
+
+    job = Job(png_bytes(figure_rgba()), with_overrides(preset("draft"), SMALL | start | model))
+    result = generate(job, tmp_path / "out", Watching())
+    assert {"fit", "sds"} <= seen
+    assert (tmp_path / "out" / "mesh.glb").stat().st_size > 1000
+    assert result.metrics["n_skipped_steps"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["realfusion", "neurallift", "magic123"])
 def test_a_baseline_runs_from_picture_to_files(tmp_path, name):
     depth = np.linspace(1, 2, 96 * 96, dtype=np.float32).reshape(96, 96)

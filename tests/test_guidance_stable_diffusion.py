@@ -403,5 +403,7 @@ def test_a_captured_step_equals_a_plain_one(any_folder, objective):
         expected = plain.gradient(rgba, VIEWS, progress, torch.Generator().manual_seed(seed)).gradient
         found = guidance.gradient(rgba.to(device), VIEWS.to(device), progress, torch.Generator().manual_seed(seed))
         scale = float(expected.abs().max())
-        torch.testing.assert_close(found.gradient.cpu(), expected, atol=1e-2 * scale, rtol=1e-2)
+        # TF32 rounds, and ism asks the network several times one after the other.
+        tolerance = 1e-2 if objective == "sds" else 2e-2
+        torch.testing.assert_close(found.gradient.cpu(), expected, atol=tolerance * scale, rtol=tolerance)
     assert guidance.distiller._graphed.is_captured

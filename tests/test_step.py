@@ -23,7 +23,7 @@ from conrad_engine.step import TrainStep, take_step
 from conrad_engine.warm_start import ring_cameras
 
 from .host_reads import HostReads
-from .test_optimize import CPU, BallPrior, ball_picture, run, toy
+from .test_optimize import BOX, CPU, BallPrior, ball_picture, run, toy
 
 FROZEN = {
     "warm start": (
@@ -302,6 +302,30 @@ def test_adam_is_torchs_own_and_takes_over_its_state():
     reference.step()
     torch.testing.assert_close(other, theirs)
     assert float(resumed.state[other]["step"]) == 4
+
+
+def test_a_step_with_tinycudann_is_not_captured(monkeypatch):
+    """It would end the process."""
+    _, config, frame, view = toy(steps=4)
+    config = replace(config, field_=replace(config.field_, kind="hash_grid", n_levels=2, log2_table=10))
+    state = make_state(make_field(config.field_, BOX), [view], config, CPU)
+    monkeypatch.setattr(steps, "GraphedStep", Buffered)
+    assert TrainStep(state, SplitBallPrior(), frame.condition, config).graphed.is_enabled
+    monkeypatch.setattr(type(state.field.encoding), "backend", lambda self, device: "tinycudann")
+    assert not TrainStep(state, SplitBallPrior(), frame.condition, config).graphed.is_enabled
+
+
+def test_long_runs_look_for_surfaces_less_often(monkeypatch):
+    looks = []
+    for n_steps in (100, 1000):
+        state, config, frame, _ = toy(steps=n_steps)
+        step = TrainStep(state, SplitBallPrior(), frame.condition, config)
+        found = []
+        monkeypatch.setattr(state.constrained, "infer_surfaces", lambda *a, found=found: found.append(1))
+        for state.step in range(20):
+            step._look_around()
+        looks.append(len(found))
+    assert looks == [10, 4]
 
 
 def embedded_step(device: torch.device, capture: str, ranks: Ranks = steps.ALONE, **settings) -> TrainStep:

@@ -136,7 +136,8 @@ def _encoders(
         floor_ms = ceilings.floor_ms(2 * streams + 3 * table)
         n_calls = 5 if encoder == "torch" else 40
         report.time(f"{encoder}, forward + backward", both, floor_ms, n_calls=n_calls)
-        report.time(f"{encoder}, forward + backward, captured", both, floor_ms, is_captured=True, n_calls=n_calls)
+        if encoder != "tinycudann":  # it cannot be captured
+            report.time(f"{encoder}, forward + backward, captured", both, floor_ms, is_captured=True, n_calls=n_calls)
         if encoder == "triton":
             _triton_variants(report, grid, points, weight, floor_ms)
 
@@ -211,4 +212,5 @@ def _renders(report: Report, config: FieldConfig, encoders: tuple[str, ...], siz
 
         n_calls = 5 if name.endswith("torch") else 20
         report.time(name, both, n_calls=n_calls)
-        report.time(f"{name}, captured", both, is_captured=True, n_calls=n_calls)
+        if field.can_be_captured:
+            report.time(f"{name}, captured", both, is_captured=True, n_calls=n_calls)

@@ -256,7 +256,7 @@ class RandomLatentPrior:
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2
         schedule = NoiseSchedule(torch.cumprod(1 - betas, 0), "epsilon")
         config = StableDiffusionConfig() if self._beside is None else Zero123Config()
-        space = LatentSpace(vae, device, compiles)
+        space = LatentSpace(vae, device)
         network = on_device(unet, device, compiles)
         self._distiller = Distiller(space, schedule, network, self._denoiser, config, PLANS[0], picture_size)
 
@@ -369,13 +369,14 @@ def fast_networks(
 ) -> Iterator[tuple[str, tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]]]:
     """UNet, encoder and tiny encoder in their fast forms, one after the other; changes what it is given."""
     rewrite_encoder(vae)
-    plain = [network.to(memory_format=torch.channels_last) for network in (unet, Encoder(vae), TinyEncoder(tiny))]
+    unet, *encoders = (x.to(memory_format=torch.channels_last) for x in (unet, Encoder(vae), TinyEncoder(tiny)))
+    for encoder in encoders:
+        fuse_norms(encoder)
     if compiles:
-        # Compiling fuses the norms itself.
-        yield "rewritten, compiled", tuple(torch.compile(x, fullgraph=True, dynamic=False) for x in plain)
-    for network in plain:
-        fuse_norms(network)
-    yield "rewritten, fused norms", tuple(plain)
+        # Compiling fuses the norms itself, but not as well where there is a gradient.
+        yield "rewritten, fused norms, UNet compiled", (torch.compile(unet, fullgraph=True, dynamic=False), *encoders)
+    fuse_norms(unet)
+    yield "rewritten, fused norms", (unet, *encoders)
 
 
 def _network_flop(

@@ -20,6 +20,9 @@ class DenseVolume(nn.Module):
     converges in far fewer steps than the finest grid alone.
     """
 
+    can_be_captured = True
+    """In a CUDA graph."""
+
     def __init__(self, config: FieldConfig, aabb: Float[Tensor, "2 3"]) -> None:
         """
         Args:

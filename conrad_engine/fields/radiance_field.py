@@ -33,6 +33,11 @@ class HashField(nn.Module):
         self.is_from_shape = False
         self.set_progress(0.0)
 
+    @property
+    def can_be_captured(self) -> bool:
+        """tiny-cuda-nn works on streams of its own, and ends the process where a CUDA graph is being captured."""
+        return self.encoding.backend(self.aabb.device) != "tinycudann"
+
     def prepare(self) -> None:
         """Nothing is kept between look-ups."""
 

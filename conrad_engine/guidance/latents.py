@@ -53,8 +53,8 @@ def on_device(network: Any, device: torch.device, compiles: bool = False) -> Any
 def make_fast(network: Any, compiles: bool = False) -> None:
     """Channels-last layout, and group norms fused or the whole compiled, in place; what the network computes stays the same.
 
-    The layout takes a captured Stable Diffusion 2.1 from 11.6 to 10.1 ms on an H100, and the fused norms need it. Compiling
-    happens at the first call; its results are kept between runs.
+    A captured UNet of Stable Diffusion 2.1 takes 11.3 ms as it comes, 9.7 in this layout, 8.6 with fused norms, 6.1 compiled
+    (H200). Compiling happens at the first call; its results are kept between runs.
     """
     network.to(memory_format=torch.channels_last)
     if compiles:  # fuses the norms itself
@@ -72,7 +72,7 @@ def in_layout(pictures: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
 class LatentSpace:
     """An autoencoder of diffusers, its own or a tiny one, and the scale of its latents."""
 
-    def __init__(self, vae: Any, device: torch.device, compiles: bool = False) -> None:
+    def __init__(self, vae: Any, device: torch.device) -> None:
         from diffusers import AutoencoderTiny
 
         self.vae = vae
@@ -80,16 +80,19 @@ class LatentSpace:
         self.is_tiny = isinstance(vae, AutoencoderTiny)
         vae.to(device)
         if device.type == "cuda":
-            self.make_fast(compiles)
+            self.make_fast()
         self.scaling = float(vae.config.scaling_factor)
         self.factor = 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
         """Pixels a latent."""
 
-    def make_fast(self, compiles: bool = False) -> None:
-        """Rewrite what the gradient runs through; see `frozen_encoder` and `fused_norms`."""
+    def make_fast(self) -> None:
+        """Rewrite what the gradient runs through; see `frozen_encoder` and `fused_norms`.
+
+        Never compiled: with its gradient that is slower than the fused norms (7.8 against 7.2 ms, Stable Diffusion on an H200).
+        """
         if not self.is_tiny:
             rewrite_encoder(self.vae)
-        make_fast(self.vae.encoder, compiles)
+        make_fast(self.vae.encoder)
 
     def apply(self, plan: MemoryPlan) -> None:
         """Trade time for memory as the preset says."""
@@ -129,11 +132,11 @@ def load_latent_space(folder: Path, weights: WeightsConfig, device: torch.device
     dtype = DTYPES[weights.precision]
     if weights.tiny_autoencoder:
         tiny = model_folder(weights.tiny_autoencoder, ("",), weights)
-        return LatentSpace(load_component(tiny, "", AutoencoderTiny, dtype, weights), device, weights.compile)
+        return LatentSpace(load_component(tiny, "", AutoencoderTiny, dtype, weights), device)
     # Some autoencoders (XL's) overflow in float16 and say so in their settings.
     if dtype == torch.float16 and AutoencoderKL.load_config(folder, subfolder="vae").get("force_upcast", False):
         dtype, weights = torch.float32, replace(weights, precision="float32")
-    return LatentSpace(load_component(folder, "vae", AutoencoderKL, dtype, weights), device, weights.compile)
+    return LatentSpace(load_component(folder, "vae", AutoencoderKL, dtype, weights), device)
 
 
 def picture_gradient(

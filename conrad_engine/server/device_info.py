@@ -17,7 +17,7 @@ def describe_device(name: str) -> WorkerReady:
     device = resolve_device(name)
     total, label = 0, platform.processor() or platform.machine() or "CPU"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # it takes no device without a number
         total, label = torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
     elif device.type == "mps":
         label = "Apple GPU"

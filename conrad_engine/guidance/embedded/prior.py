@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from ...cameras import Camera, orbit_angles
@@ -102,26 +102,25 @@ class EmbeddedPrior:
 
         See `Guidance.gradient` for the arguments.
         """
-        draws = self.draw(len(rgba), progress, generator)
-        return replace(self.distill(rgba, cameras, draws), notes={"t": float(draws[0])})
+        time, noise = self.draw(len(rgba), progress, generator)
+        return replace(self.distill(rgba, cameras, (time, noise)), notes={"t": float(time)})
 
     def draw(
         self, n: int, progress: float, generator: torch.Generator | None = None
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n 4 size size"], Bool[Tensor, ""]]:
-        """The noise level, the noise of one step, and whether it is taken in the mirror; see `SplitGuidance.draw`."""
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n 4 size size"]]:
+        """The noise level and the noise of one step; see `SplitGuidance.draw`."""
         config, size = self.config, self.picture_size
         source = torch.device("cpu") if generator is None else generator.device
         middle = config.t_start + (config.t_end - config.t_start) * min(progress, 1.0)
         spread = (torch.rand((), generator=generator, device=source) * 2 - 1) * config.t_spread
         noise = torch.randn(n, 4, size, size, generator=generator, device=source)
-        is_mirrored = torch.rand((), generator=generator, device=source) < 0.5 * config.mirrors
-        return (middle + spread).clamp(0.02, 0.99).to(self.device), noise.to(self.device), is_mirrored.to(self.device)
+        return (middle + spread).clamp(0.02, 0.99).to(self.device), noise.to(self.device)
 
     def distill(
-        self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Tensor, Tensor, Tensor]
+        self, rgba: Float[Tensor, "n 4 height width"], cameras: Camera, draws: tuple[Tensor, Tensor]
     ) -> GuidanceResult:
         """See `SplitGuidance.distill`."""
-        time, noise, is_mirrored = draws
+        time, noise = draws
         with torch.enable_grad():
             pictures = rgba.detach().to(self.device, torch.float32).requires_grad_()
             small = resized(pictures, self.picture_size)
@@ -129,7 +128,7 @@ class EmbeddedPrior:
         alpha, sigma = alpha_sigma(t)
         noisy = alpha * (small.detach() * 2 - 1) + sigma * noise
         rows = camera_rows(cameras.to(self.device), self._base_azimuth_rad)
-        clean = (self._ready().denoised(noisy, t, rows, self.config.scale, True, is_mirrored) + 1) / 2
+        clean = (self._ready().denoised(noisy, t, rows, self.config.scale, is_joint=True) + 1) / 2
         difference = small.detach() - clean
         (gradient,) = torch.autograd.grad(small, pictures, difference)
         return GuidanceResult(gradient.to(rgba), difference.square().mean(), clean)
@@ -161,5 +160,5 @@ class EmbeddedPrior:
             pictures = resized(known[0].to(self.device, torch.float32), self.picture_size) * 2 - 1
             finished = pictures, camera_rows(known[1].to(self.device), self._base_azimuth_rad)
         scale = self.config.scale if scale is None else scale
-        clean = self._ready().sample(rows, n_steps, scale, generator, is_joint, finished, on_step, self.config.mirrors)
+        clean = self._ready().sample(rows, n_steps, scale, generator, is_joint, finished, on_step)
         return (clean + 1) / 2

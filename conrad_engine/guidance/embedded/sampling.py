@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from .unet import Group, Reference, ViewPrior, alpha_sigma
@@ -17,29 +17,18 @@ def channels_last(pictures: Tensor) -> Tensor:
 
 
 class ConditionedPrior:
-    """The network with the tokens of its reference pictures, computed once, with and without the picture.
-
-    It can also look at everything in a mirror: pictures flipped, cameras on the other side. A perfect network would answer
-    the same; this one makes other mistakes there, so that steps in turn straight and mirrored even some of them out.
-    """
+    """The network with the tokens of its reference pictures, computed once, with and without the picture."""
 
     def __init__(
         self, net: ViewPrior, pictures: Float[Tensor, "r 4 h w"], reference: Reference, cast: torch.autocast
     ) -> None:
-        """Take the reference pictures, premultiplied RGBA in [-1, 1]; `cast` is the precision to compute in.
-
-        Args:
-            reference: Facts of the pictures, whose cameras stand at azimuth 0.
-        """
+        """Take the reference pictures, premultiplied RGBA in [-1, 1]; `cast` is the precision to compute in."""
         self.net, self.cast = net, cast
         absent = reference._replace(is_present=torch.zeros_like(reference.is_present))
         # Rows: all references, then the same ones with the picture dropped.
         self.reference = Reference(*(torch.cat(pair) for pair in zip(reference, absent)))
         with torch.no_grad(), cast:
-            self.tokens, self.mirrored_tokens = (
-                net.encode(channels_last(torch.cat([seen, seen])), self.reference)
-                for seen in (pictures, pictures.flip(-1))
-            )
+            self.tokens = net.encode(channels_last(torch.cat([pictures, pictures])), self.reference)
 
     @property
     def n_references(self) -> int:
@@ -53,7 +42,6 @@ class ConditionedPrior:
         cameras: Float[Tensor, "b 4"],
         scale: float,
         is_joint: bool,
-        is_mirrored: Bool[Tensor, ""] | None = None,
     ) -> Float[Tensor, "b 4 h w"]:
         """The clean pictures expected behind noisy ones, in [-1, 1], with classifier-free guidance.
 
@@ -61,20 +49,11 @@ class ConditionedPrior:
             noisy, t, cameras: The targets, the same number for each reference, reference by reference.
             scale: 1 is no guidance (and costs half).
             is_joint: Whether targets of one reference see each other.
-            is_mirrored: Whether to look in the mirror; on the device, so that a captured step can have it differ.
         """
         r = self.n_references
         n_targets = len(noisy) // r
-        tokens, straight = self.tokens, noisy
-        if is_mirrored is not None:
-            tokens = [
-                tuple(torch.where(is_mirrored, b, a) for a, b in zip(*pair))
-                for pair in zip(self.tokens, self.mirrored_tokens)
-            ]
-            noisy = torch.where(is_mirrored, noisy.flip(-1), noisy)
-            cameras = torch.cat([torch.where(is_mirrored, -cameras[:, :1], cameras[:, :1]), cameras[:, 1:]], 1)
         if scale == 1:
-            reference, tokens = Reference(*(x[:r] for x in self.reference)), [(k[:r], v[:r]) for k, v in tokens]
+            reference, tokens = Reference(*(x[:r] for x in self.reference)), [(k[:r], v[:r]) for k, v in self.tokens]
             layout = (Group(r, n_targets, is_joint),)
             with self.cast:
                 v = self.net.denoise(channels_last(noisy), t, cameras, reference, tokens, layout).float()
@@ -82,13 +61,11 @@ class ConditionedPrior:
             twice = [torch.cat([x, x]) for x in (noisy, t, cameras)]
             layout = (Group(2 * r, n_targets, is_joint),)
             with self.cast:
-                v = self.net.denoise(channels_last(twice[0]), *twice[1:], self.reference, tokens, layout).float()
+                v = self.net.denoise(channels_last(twice[0]), *twice[1:], self.reference, self.tokens, layout).float()
             with_picture, without = v.chunk(2)
             v = without + scale * (with_picture - without)
-        if is_mirrored is not None:
-            v = torch.where(is_mirrored, v.flip(-1), v)
         alpha, sigma = alpha_sigma(t)
-        return (alpha * straight - sigma * v).clamp(-1, 1)
+        return (alpha * noisy - sigma * v).clamp(-1, 1)
 
     def sample(
         self,
@@ -99,7 +76,6 @@ class ConditionedPrior:
         is_joint: bool = True,
         known: tuple[Tensor, Tensor] | None = None,
         on_step: Callable[[int], None] | None = None,
-        mirrors: bool = False,
     ) -> Float[Tensor, "b 4 h w"]:
         """Pictures in [-1, 1] from noise: DDIM (arXiv:2010.02502) without added noise, steps uniform in t.
 
@@ -107,7 +83,6 @@ class ConditionedPrior:
             cameras: The same number for each reference, reference by reference.
             known: Finished pictures in [-1, 1] of the same references and their cameras: they join as targets without noise.
             on_step: Called after each step with the number of steps done, from 1 to `n_steps`; it may raise to stop.
-            mirrors: Take every second step in the mirror.
         """
         r, size, n_targets = self.n_references, self.net.size, len(cameras) // self.n_references
         source = cameras.device if generator is None else generator.device
@@ -119,8 +94,7 @@ class ConditionedPrior:
         for step in range(n_steps):
             now, then = (math.pi / 2 * (1 - k / n_steps) for k in (step, step + 1))
             noisy = _joined(x, finished, r)
-            is_mirrored = torch.full((), True, device=x.device) if mirrors and step % 2 else None
-            clean = self.denoised(noisy, is_open * (1 - step / n_steps), all_cameras, scale, is_joint, is_mirrored)
+            clean = self.denoised(noisy, is_open * (1 - step / n_steps), all_cameras, scale, is_joint)
             clean = _by_reference(clean, r)[:, :n_targets].flatten(0, 1)
             noise = (x - math.cos(now) * clean) / math.sin(now)
             x = math.cos(then) * clean + math.sin(then) * noise
