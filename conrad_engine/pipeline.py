@@ -41,6 +41,7 @@ from .fields.radiance_field import make_field
 from .files import make_folder, write_json
 from .finish import Finished, finish
 from .guidance import make_guidance, make_likeness
+from .guidance.embedded.prior import EmbeddedPrior
 from .guidance.interfaces import Priors, ReferencePicture, ViewSampler
 from .mesh.glb import load_mesh
 from .mesh.mesh import Mesh
@@ -302,10 +303,12 @@ def _priors(
     likeness = make_likeness(config.clip, device)
     if likeness is not None:
         likeness.set_reference(reference)
-    if not has_warm_start or isinstance(guidance, ViewSampler):
+    if not has_warm_start:
+        return Priors(guidance, likeness)
+    if isinstance(guidance, ViewSampler):
         return Priors(guidance, likeness, guidance)
-    # The others draw no views: the embedded prior gives them their start.
-    sampler = make_guidance(EmbeddedPriorConfig(), device)
+    # Other priors draw no views: the embedded one starts their jobs.
+    sampler = EmbeddedPrior(EmbeddedPriorConfig(), device)
     sampler.set_reference(reference)
     return Priors(guidance, likeness, sampler)
 
