@@ -12,6 +12,7 @@ CONFIG = FieldConfig(resolution=20, coarsest=5, n_levels=4, log2_table=10, max_r
 
 
 def fields():
+    torch.manual_seed(0)
     return [make_field(CONFIG, BOX), make_field(FieldConfig(**{**CONFIG.__dict__, "kind": "hash_grid"}), BOX)]
 
 
