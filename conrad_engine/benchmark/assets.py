@@ -145,11 +145,8 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
             options = ["--guidance", guidance, "--prompt", "a figure"]
             for key, value in settings.items():
                 options += ["--set", f"{key}={value}"]
-            preset, device, n_threads = (
-                "draft" if report.is_small else "standard",
-                report.device.type,
-                torch.get_num_threads(),
-            )
+            preset = "draft" if report.is_small else "standard"
+            device, n_threads = report.device.type, torch.get_num_threads()
             for _ in range(2 if compiles else 1):  # the second one finds what the first compiled
                 report.add(job_row(label, run_job(picture, preset, device, n_threads, options=tuple(options))))
 

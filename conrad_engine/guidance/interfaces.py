@@ -110,13 +110,11 @@ class ViewSampler(Protocol):
         self,
         cameras: Camera,
         n_steps: int,
-        scale: float | None = None,
-        generator: torch.Generator | None = None,
-        is_joint: bool = True,
-        known: tuple[Float[Tensor, "m 4 h w"], Camera] | None = None,
-        on_step: Callable[[int], None] | None = None,
+        *,
+        generator: torch.Generator | None,
+        on_step: Callable[[int], None] | None,
     ) -> Float[Tensor, "n 4 size size"]:
-        """Views from pure noise; see `EmbeddedPrior.sample_views`."""
+        """Views from pure noise, premultiplied RGBA in [0, 1]; `on_step` hears of each denoising step and may raise to stop."""
 
 
 @dataclass(frozen=True)
