@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from conrad_engine.guidance.embedded.unet import Group, ViewPrior
+from conrad_engine.guidance.embedded.unet import Group, ViewPrior, enlarged
 from conrad_engine.guidance.embedded.weights import load, to_bytes
 from conrad_engine.training import augment, batches, descent, evaluate_prior, raster, train, views
 
@@ -248,6 +248,29 @@ def test_two_processes_train_together(rendered, tmp_path):
     last = next(entry for entry in reversed(log) if "targets" in entry)
     assert last["targets"] == last["step"] * 31 * 2
     assert log[0]["gpus"] == 2 and log[-1] == {"event": "finished"}
+
+
+def test_group_norm_along_rows_equals_the_usual_one():
+    torch.manual_seed(0)
+    usual = torch.nn.GroupNorm(32, 64)
+    torch.nn.init.normal_(usual.weight)
+    torch.nn.init.normal_(usual.bias)
+    ours = descent.RowGroupNorm(32, 64)
+    ours.load_state_dict(usual.state_dict())
+    x = 3 + 2 * torch.randn(3, 64, 5, 7)
+    grads = []
+    for norm in (usual, ours):
+        mine = x.clone().requires_grad_(True)
+        y = norm(mine)
+        y.square().sum().backward()
+        grads.append((y.detach(), mine.grad, norm.weight.grad, norm.bias.grad))
+    for theirs, own in zip(*grads):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_enlarging_equals_nearest_interpolation():
+    x = torch.rand(2, 3, 4, 5)
+    assert torch.equal(enlarged(x), torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def test_a_step_follows_the_gradient_and_leaves_bad_ones_out(tmp_path):

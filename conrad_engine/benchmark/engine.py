@@ -204,9 +204,10 @@ def _is_step(message: object, job: str, step: int) -> bool:
 
 
 def _step_s(steps: list[list[float]]) -> float:
-    """Seconds of a step, the median of all."""
+    """Seconds of a step: the median over stretches of 50, since the host runs ahead of a GPU and then waits for it."""
     times = [s for _, s in steps]
-    return statistics.median(later - earlier for earlier, later in zip(times, times[1:]))
+    stretch = min(50, len(times) // 2)
+    return statistics.median(later - earlier for earlier, later in zip(times, times[stretch:])) / stretch
 
 
 def _duration_s(times: dict, n_steps: int) -> float:

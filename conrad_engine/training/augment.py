@@ -7,6 +7,7 @@ tensors on any device; randomness comes from torch's own generator of that devic
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -29,10 +30,15 @@ def _sometimes(changed: Tensor, original: Tensor, chance: float = P_EACH) -> Ten
     return torch.where(_uniform(0, 1, original) < chance, changed, original)
 
 
+@functools.cache
+def _color_spread(device: torch.device) -> Float[Tensor, " 6"]:
+    """Copied to the device once: each copy from the host waits for all that the device still has to do."""
+    return torch.tensor([0.06, 0.06, 0.06, 0.15, 0.12, 0.2], device=device)
+
+
 def draw_color_shifts(n: int, device: torch.device) -> Float[Tensor, "n 6"]:
     """Random parameters of `shifted_colors`: logarithms of three channel gains, gamma, contrast and saturation."""
-    spread = torch.tensor([0.06, 0.06, 0.06, 0.15, 0.12, 0.2], device=device)
-    shifts = torch.randn(n, 6, device=device) * spread
+    shifts = torch.randn(n, 6, device=device) * _color_spread(device)
     shifts[:, :3] += 0.12 * torch.randn(n, 1, device=device)
     return torch.where(torch.rand(n, 1, device=device) < P_COLOR_SHIFT, shifts, torch.zeros_like(shifts))
 

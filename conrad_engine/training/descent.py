@@ -5,9 +5,29 @@ from __future__ import annotations
 import copy
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 MAX_NORM = 1.0
+
+
+class RowGroupNorm(nn.GroupNorm):
+    """Group normalization that a compiler turns into sums along rows of channels, which is how the pictures are stored.
+
+    `nn.GroupNorm` is decomposed into a view by groups, for which pictures stored channels last are copied, forth and back:
+    a quarter of a training step. Same values, up to rounding.
+    """
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        b, c, height, width = x.shape
+        per_group = c // self.num_groups
+        rows = x.permute(0, 2, 3, 1).reshape(b, height * width, c).float()
+        sums, squares = (y.sum(1).view(b, self.num_groups, per_group).sum(2) for y in (rows, rows * rows))
+        mean = sums / (height * width * per_group)
+        variance = (squares / (height * width * per_group) - mean * mean).clamp(min=0)
+        scale = torch.rsqrt(variance + self.eps).repeat_interleave(per_group, 1) * self.weight
+        shift = self.bias - mean.repeat_interleave(per_group, 1) * scale
+        return (rows * scale[:, None] + shift[:, None]).view(b, height, width, c).permute(0, 3, 1, 2)
 
 
 class Descent:
@@ -15,6 +35,9 @@ class Descent:
 
     def __init__(self, net: nn.Module, device: torch.device, ema_decay: float) -> None:
         self.ema_decay = ema_decay
+        for module in net.modules():
+            if type(module) is nn.GroupNorm:
+                module.__class__ = RowGroupNorm
         self.net = net.to(device).to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.parameters, self.averages = list(self.net.parameters()), list(self.ema.parameters())

@@ -25,7 +25,7 @@ from ..interfaces import ReferencePicture
 from .prior import camera_rows, fast_precision, resized
 from .sampling import channels_last
 from .unet import N_RAY_FEATURES as N_RAYS
-from .unet import Attention, Group, Layout, ResBlock, Tokens, alpha_sigma, ray_features, time_features
+from .unet import Attention, Group, Layout, ResBlock, Tokens, alpha_sigma, enlarged, ray_features, time_features
 from .weights import DETAIL, filled, packed, read, shipped_path, stated_widths
 
 ARCHITECTURE = "conrad-detail-1"
@@ -91,12 +91,12 @@ class DetailNet(nn.Module):
         h4 = look(self.down[4](self.to_16(h3), embedding, rays[2]), 2)
         h = self.middle(h4, embedding, rays[2])
         h = look(self.up[0](torch.cat([h, h4], 1), embedding, rays[2]), 2)
-        h = self.from_16(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        h = self.from_16(enlarged(h))
         h = self.up[1](torch.cat([h, h3], 1), embedding, rays[1])
         h = look(self.up[2](torch.cat([h, h2], 1), embedding, rays[1]), 1)
         if reference is None:
             return None, tokens  # the reference pass ends at the last attention layer
-        h = self.from_32(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        h = self.from_32(enlarged(h))
         h = self.up[3](torch.cat([h, h1], 1), embedding, rays[0])
         h = self.up[4](torch.cat([h, h0], 1), embedding, rays[0])
         return F.pixel_shuffle(self.leave(h), 2), tokens

@@ -138,6 +138,13 @@ def conditions(cameras: Float[Tensor, "b 4"], reference: Reference, is_reference
     return torch.stack(columns, 1)
 
 
+def enlarged(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2h 2w"]:
+    """Each cell four times. `F.interpolate` gives the same; its gradient is compiled to atomic additions."""
+    b, c, height, width = x.shape
+    cells = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, height, 2, width, 2, c)
+    return cells.reshape(b, 2 * height, 2 * width, c).permute(0, 3, 1, 2)
+
+
 class RootMeanSquare(nn.Module):
     """RMS norm of the last axis in float32: `nn.RMSNorm` runs unfused and warns where weight and input differ in type."""
 
@@ -270,12 +277,12 @@ class ViewPrior(nn.Module):
         h4 = look(self.down[4](self.to_8(h3), embedding, rays[2]), 2)
         h = look(self.middle(h4, embedding, rays[2]), 2)
         h = look(self.up[0](torch.cat([h, h4], 1), embedding, rays[2]), 2)
-        h = self.from_8(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        h = self.from_8(enlarged(h))
         h = look(self.up[1](torch.cat([h, h3], 1), embedding, rays[1]), 1)
         h = look(self.up[2](torch.cat([h, h2], 1), embedding, rays[1]), 1)
         if reference is None:
             return None, tokens  # the reference pass ends at the last attention layer
-        h = self.from_16(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        h = self.from_16(enlarged(h))
         h = self.up[3](torch.cat([h, h1], 1), embedding, rays[0])
         h = self.up[4](torch.cat([h, h0], 1), embedding, rays[0])
         return F.pixel_shuffle(self.leave(h), 2), tokens
