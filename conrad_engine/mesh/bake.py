@@ -56,6 +56,9 @@ class Texels:
     normals: np.ndarray
     faces: np.ndarray
     barycentric: np.ndarray
+    nearest: np.ndarray
+    """(size, size): which of them colors each texel of the texture: itself, or the nearest one to those outside the charts, so
+    that no seam shows at any mip level."""
 
 
 def bake_texture(
@@ -70,11 +73,13 @@ def bake_texture(
     size, whole = config.texture_size, mesh
     mesh = _subdivided(mesh)
     texels = surface_texels(mesh, size)
-    field = _field_colors(texels.positions, color)
     photo, weight = seen_by_photos(mesh, texels.positions, texels.normals, photos, config, texel_length(mesh, size))
+    field = np.zeros_like(photo)
+    is_open = weight < 1  # the field is slow to ask, and the photo covers what it says of the others
+    field[is_open] = _field_colors(texels.positions[is_open], color)
     base = field + _change_at_texels(mesh, texels, field, color, photos, config)
-    texture = as_texture(weight[:, None] * photo + (1 - weight[:, None]) * base, texels, size)
-    return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, texture)
+    colors = weight[:, None] * photo + (1 - weight[:, None]) * base
+    return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, as_texture(colors, texels))
 
 
 def _subdivided(mesh: UnwrappedMesh) -> UnwrappedMesh:
@@ -100,7 +105,8 @@ def _subdivided(mesh: UnwrappedMesh) -> UnwrappedMesh:
 
 
 def _field_colors(positions: np.ndarray, color: Callable[[Tensor], Tensor]) -> np.ndarray:
-    return np.concatenate([color(chunk).numpy() for chunk in torch.from_numpy(positions).split(CHUNK)])
+    chunks = torch.from_numpy(positions).split(CHUNK)
+    return np.concatenate([np.zeros((0, 3), np.float32), *(color(chunk).numpy() for chunk in chunks if len(chunk))])
 
 
 def _change_at_texels(
@@ -151,7 +157,10 @@ def surface_texels(mesh: UnwrappedMesh, size: int) -> Texels:
     a, b, c = (mesh.vertices[corners[:, k]] for k in range(3))
     normals = np.cross(b - a, c - a)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
-    return Texels(pixels, positions.astype(np.float32), normals.astype(np.float32), faces, weights)
+    rows, columns = distance_transform_edt(fragments.faces < 0, return_distances=False, return_indices=True)
+    number = np.cumsum(fragments.faces.ravel() >= 0) - 1
+    nearest = number[rows * size + columns].clip(0)
+    return Texels(pixels, positions.astype(np.float32), normals.astype(np.float32), faces, weights, nearest)
 
 
 def seen_by_photos(
@@ -236,17 +245,6 @@ def sample_picture(rgb: np.ndarray, uv: np.ndarray, footprint: float) -> np.ndar
     return found[0, :, 0].T.numpy()
 
 
-def as_texture(colors: Float[np.ndarray, "n 3"], texels: Texels, size: int) -> np.ndarray:
+def as_texture(colors: Float[np.ndarray, "n 3"], texels: Texels) -> np.ndarray:
     """The 8-bit texture (size, size, 3) of colors in [0, 1] of its texels."""
-    texture, covered = np.zeros((size * size, 3), np.float32), np.zeros(size * size, bool)
-    texture[texels.pixels], covered[texels.pixels] = colors, True
-    texture = padded(texture.reshape(size, size, 3), covered.reshape(size, size))
-    return (texture.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def padded(texture: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Every texel outside the charts takes the nearest chart's color: no seam at any mip level."""
-    if covered.all() or not covered.any():
-        return texture
-    rows, columns = distance_transform_edt(~covered, return_distances=False, return_indices=True)
-    return texture[rows, columns]
+    return (colors.clip(0, 1) * 255).round().astype(np.uint8)[texels.nearest]
