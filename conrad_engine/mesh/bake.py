@@ -74,11 +74,12 @@ def bake_texture(
     mesh = _subdivided(mesh)
     texels = surface_texels(mesh, size)
     photo, weight = seen_by_photos(mesh, texels.positions, texels.normals, photos, config, texel_length(mesh, size))
-    field = np.zeros_like(photo)
-    is_open = weight < 1  # the field is slow to ask, and the photo covers what it says of the others
-    field[is_open] = _field_colors(texels.positions[is_open], color)
-    base = field + _change_at_texels(mesh, texels, field, color, photos, config)
-    colors = weight[:, None] * photo + (1 - weight[:, None]) * base
+    # The rest are the photo's alone: what the field would say there is slow to ask.
+    rest = np.flatnonzero(weight < 1)
+    field = _field_colors(texels.positions[rest], color)
+    base = field + _change_at_texels(mesh, texels.faces[rest], texels.barycentric[rest], field, color, photos, config)
+    colors, share = photo.copy(), weight[rest, None]
+    colors[rest] = share * photo[rest] + (1 - share) * base
     return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, as_texture(colors, texels))
 
 
@@ -111,13 +112,14 @@ def _field_colors(positions: np.ndarray, color: Callable[[Tensor], Tensor]) -> n
 
 def _change_at_texels(
     mesh: UnwrappedMesh,
-    texels: Texels,
+    faces: np.ndarray,
+    barycentric: np.ndarray,
     field: np.ndarray,
     color: Callable[[Tensor], Tensor],
     photos: list[Photo],
     config: MeshConfig,
 ) -> np.ndarray:
-    """What is added to the field's color at the texels (n, 3), so that it continues the photos; see `blend`."""
+    """What is added to the field's color at points of faces (n, 3), so that it continues the photos; see `blend`."""
     corners = mesh.vertices[mesh.faces]
     spacing = float(np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=1)))
     photo, seen = seen_by_photos(mesh, mesh.vertices, mesh.normals, photos, config, spacing)
@@ -134,7 +136,7 @@ def _change_at_texels(
     # Vertices tell the smooth part; the field's finer detail stays where it is the field's own.
     kept = known * (1 - seen)
     at_vertices = np.concatenate([colors - kept[:, None] * own, kept[:, None]], 1)
-    at_texels = (at_vertices[mesh.faces[texels.faces]] * texels.barycentric[..., None]).sum(1)
+    at_texels = (at_vertices[mesh.faces[faces]] * barycentric[..., None]).sum(1)
     return (at_texels[:, :3] + (at_texels[:, 3:] - 1) * field).astype(np.float32)
 
 
