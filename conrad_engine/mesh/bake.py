@@ -136,7 +136,7 @@ def _change_at_texels(
     # Vertices tell the smooth part; the field's finer detail stays where it is the field's own.
     kept = known * (1 - seen)
     at_vertices = np.concatenate([colors - kept[:, None] * own, kept[:, None]], 1)
-    at_texels = (at_vertices[mesh.faces[faces]] * barycentric[..., None]).sum(1)
+    at_texels = sum(barycentric[:, k, None] * at_vertices[mesh.faces[faces, k]] for k in range(3))
     return (at_texels[:, :3] + (at_texels[:, 3:] - 1) * field).astype(np.float32)
 
 
@@ -153,12 +153,12 @@ def surface_texels(mesh: UnwrappedMesh, size: int) -> Texels:
     fragments = rasterize_projected(uv, np.ones(len(uv)), mesh.faces, size, size)
     pixels = np.flatnonzero(fragments.faces.ravel() >= 0)
     faces, weights = fragments.faces.ravel()[pixels], fragments.barycentric.reshape(-1, 3)[pixels]
-    corners = mesh.faces[faces]
-    positions = (mesh.vertices[corners] * weights[..., None]).sum(1)
+    a, b, c = (mesh.vertices[corner] for corner in mesh.faces.T)
+    positions = sum(weights[:, k, None] * corner[faces] for k, corner in enumerate((a, b, c)))
     # Whether a photo sees a texel is decided by the true surface; smooth normals would tilt a box's flat sides.
-    a, b, c = (mesh.vertices[corners[:, k]] for k in range(3))
     normals = np.cross(b - a, c - a)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    normals = normals[faces]
     rows, columns = distance_transform_edt(fragments.faces < 0, return_distances=False, return_indices=True)
     number = np.cumsum(fragments.faces.ravel() >= 0) - 1
     nearest = number[rows * size + columns].clip(0)
