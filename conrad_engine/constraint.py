@@ -9,6 +9,7 @@ tests on T_ref compare a distance with a distance. d_ref carries no gradient: it
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -137,21 +138,45 @@ class _View(nn.Module):
         # In place: a captured step reads the map where it was captured.
         self.surface.copy_(self._continued(found.view_as(self.surface)))
 
-    def lookup(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Picture colors (n, 3), place in the silhouette (n), distances and surface distances (n).
+    def lookup(self, positions: Float[Tensor, "n 3"]) -> _Lookup:
+        """What this view says of some points."""
+        uv, z_depths = self.picture.camera.project(positions)
+        return _Lookup(self, positions, (uv / self.size * 2 - 1)[None, None], z_depths)
 
-        The place is 2 inside the mask, 1 in the margin around it, 0 outside; 1 behind the camera.
-        """
-        camera = self.picture.camera
-        uv, z_depths = camera.project(positions)
-        grid = (uv / self.size * 2 - 1)[None, None]
-        rgb = F.grid_sample(self.picture.rgb[None], grid, align_corners=False, padding_mode="border")[0, :, 0].T
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Points as a view sees them. Only what is asked for is looked up: most points are asked for their density alone."""
+
+    view: _View
+    positions: Float[Tensor, "n 3"]
+    grid: Float[Tensor, "1 1 n 2"]
+    """Where they lie in the picture, -1 to 1."""
+    z_depths: Float[Tensor, " n"]
+
+    def _nearest(self, table: Tensor) -> Tensor:
         # Past the window the border's own value counts: empty, or open where the object leaves the picture.
-        hull = F.grid_sample(self.hull, grid, mode="nearest", align_corners=False, padding_mode="border")[0, 0, 0]
-        surface = F.grid_sample(self.surface, grid, mode="nearest", align_corners=False, padding_mode="border")[0, 0, 0]
-        in_picture = (grid[0, 0].abs() <= 1).all(-1) & (z_depths > 0)
-        surface = torch.where(in_picture, surface, -1.0)
-        return rgb, torch.where(z_depths > 0, hull, 1.0), camera.distances(positions), surface
+        return F.grid_sample(table, self.grid, mode="nearest", align_corners=False, padding_mode="border")[0, 0, 0]
+
+    @cached_property
+    def place(self) -> Float[Tensor, " n"]:
+        """2 inside the mask, 1 in the margin around it, 0 outside; 1 behind the camera."""
+        return torch.where(self.z_depths > 0, self._nearest(self.view.hull), 1.0)
+
+    @cached_property
+    def surface(self) -> Float[Tensor, " n"]:
+        """The surface's distance along each point's ray; negative where there is none."""
+        in_picture = (self.grid[0, 0].abs() <= 1).all(-1) & (self.z_depths > 0)
+        return torch.where(in_picture, self._nearest(self.view.surface), -1.0)
+
+    @cached_property
+    def distances(self) -> Float[Tensor, " n"]:
+        return self.view.picture.camera.distances(self.positions)
+
+    def colors(self) -> Float[Tensor, "n 3"]:
+        """The picture's."""
+        rgb = self.view.picture.rgb[None]
+        return F.grid_sample(rgb, self.grid, align_corners=False, padding_mode="border")[0, :, 0].T
 
 
 class ConstrainedField(nn.Module):
@@ -198,17 +223,17 @@ class ConstrainedField(nn.Module):
                 view.infer_surface(self, n_samples, self.fraction, occupancy, is_static)
             self.has_shell = has_shell
 
-    def _constrained_density(self, density: Tensor, lookups: list) -> Tensor:
-        for _, place, _, _ in lookups:
-            density = torch.where(place > 0, density, 0.0)
+    def _constrained_density(self, density: Tensor, lookups: list[_Lookup]) -> Tensor:
+        for seen in lookups:
+            density = torch.where(seen.place > 0, density, 0.0)
         if not self.has_shell:
             return density
-        for _, place, distances, surface in lookups:
-            is_known = (place > 1) & surface.isfinite() & (surface > 0)
-            in_shell = is_known & ((distances - surface).abs() <= self.delta)
+        for seen in lookups:
+            is_known = (seen.place > 1) & seen.surface.isfinite() & (seen.surface > 0)
+            in_shell = is_known & ((seen.distances - seen.surface).abs() <= self.delta)
             density = torch.where(in_shell, density.clamp(min=self.config.shell_density), density)
             if self.config.kind == "known_depth":
-                density = torch.where(is_known & (distances < surface - self.delta), 0.0, density)
+                density = torch.where(is_known & (seen.distances < seen.surface - self.delta), 0.0, density)
         return density
 
     def density(self, positions: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
@@ -222,12 +247,12 @@ class ConstrainedField(nn.Module):
             return density, color
         # Where several views claim a point, the one it lies nearest to the surface of is the one that sees it.
         nearest = torch.full_like(density, float("inf"))
-        for rgb, _, distances, surface in lookups:
-            behind = distances - surface - self.delta
-            share = _share(behind, surface, self.config.softness)
+        for seen in lookups:
+            behind = seen.distances - seen.surface - self.delta
+            share = _share(behind, seen.surface, self.config.softness)
             wins = share * (behind.abs() < nearest) if len(lookups) > 1 else share
             nearest = torch.where(wins > 0, behind.abs(), nearest)
-            color = torch.lerp(color, rgb, wins[:, None])
+            color = torch.lerp(color, seen.colors(), wins[:, None])
         return density, color
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +18,13 @@ from .constraint import ConstrainedField, ReferenceView
 from .errors import Cancelled, InputError
 from .evaluation import metrics as measure
 from .evaluation.geometry import topology
-from .files import write_json
+from .files import write_atomic, write_json
 from .guidance.embedded.detail import DetailModel
 from .guidance.interfaces import ReferencePicture
 from .mesh.bake import Photo, bake_texture
 from .mesh.clean import clean_mesh
 from .mesh.extract import SurfaceView, extract_mesh
-from .mesh.glb import write_glb, write_obj, write_ply, write_texture
+from .mesh.glb import png_bytes, write_glb, write_obj, write_ply, write_texture
 from .mesh.mesh import Mesh, TexturedMesh
 from .mesh.raster import render_mesh, render_with_depth
 from .mesh.unwrap import unwrap
@@ -79,8 +80,10 @@ def finish(
     device = state.field.aabb.device
     n_views = config.mesh.detail_views if has_detail_stage(full, config.mesh) else 0
     steps = ["surface", "texture", *(f"view {index}" for index in range(n_views)), "files", "pictures"]
+    began: dict[str, float] = {}
 
     def at(step: str) -> None:
+        began.setdefault("detail" if step.startswith("view") else step, time.monotonic())
         monitor.progress(Progress("mesh", steps.index(step), len(steps), None, {}, memory_bytes(device)))
 
     def at_view(index: int) -> None:
@@ -88,31 +91,36 @@ def finish(
         if monitor.command() is Command.CANCEL:
             raise Cancelled("cancelled while detail was drawn")
 
-    at("surface")
-    mesh, level = surface_mesh(full, view, initial, config.mesh)
-    at("texture")
-    textured = texture_mesh(full, view, mesh, config.mesh)
-    if n_views:
-        textured = with_detail(textured, view, prepared, frame, config, device, at_view)
-    to_world = final_similarity(frame, textured.vertices)
-    setup = _world_setup(frame, to_world, textured.vertices)
     seen = view.resized(MEASURED_PICTURE)
-    field_picture = render_picture(
-        full, seen.to(device).camera, FIELD_SAMPLES, state.occupancy, config.render.max_points, with_normals=True
-    )
-    numbers = {
-        "level": level,
-        **reference_measures(state, seen, field_picture, textured, config),
-        **back_measures(textured, view),
-    }
-    numbers |= topology(textured.vertices, textured.faces)
-    textured = _moved(textured, to_world)
-    at("files")
-    write_files(textured, folder, name)
-    write_json(folder / "camera.json", setup.to_json())
-    at("pictures")
-    write_pictures(textured, setup, prepared, view, frame, field_picture, numbers, config.mesh, folder, name)
-    return Finished(textured, setup, numbers)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        # Much of what follows keeps a single core busy; meanwhile the others render what only the measures wait for.
+        field_pictures = threads.submit(render_field, state, full, seen, config)
+        at("surface")
+        mesh, level = surface_mesh(full, view, initial, config.mesh)
+        at("texture")
+        textured = texture_mesh(full, view, mesh, config.mesh)
+        if n_views:
+            textured = with_detail(textured, view, prepared, frame, config, device, at_view)
+        at("files")
+        to_world = final_similarity(frame, textured.vertices)
+        setup = _world_setup(frame, to_world, textured.vertices)
+        moved = _moved(textured, to_world)
+        files = threads.submit(write_files, moved, folder, name)
+        drawing = start_drawing(threads, moved, setup, frame, seen.camera, config.mesh, folder)
+        write_json(folder / "camera.json", setup.to_json())
+        trained, field_picture = field_pictures.result()
+        numbers = {
+            "level": level,
+            **reference_measures(state, seen, trained, field_picture, textured),
+            **back_measures(textured, view),
+            **topology(textured.vertices, textured.faces),
+        }
+        files.result()
+        at("pictures")
+        write_pictures(drawing, prepared, view, frame, field_picture, numbers, folder, name)
+    ends = [*began.values(), time.monotonic()][1:]
+    numbers["seconds_of_finish"] = {part: round(end - start, 2) for (part, start), end in zip(began.items(), ends)}
+    return Finished(moved, setup, numbers)
 
 
 def surface_mesh(
@@ -205,18 +213,27 @@ def _world_setup(frame: Frame, to_world: Similarity, vertices: np.ndarray) -> Ca
     return CameraSetup(to_world.camera(frame.camera), (low + high) / 2, float((high - low).max()))
 
 
+def render_field(
+    state: State, full: ConstrainedField, seen: ReferenceView, config: PipelineConfig
+) -> tuple[Picture, Picture]:
+    """The field from the reference camera: at the size of the training picture, and with the full one at the size of `seen`."""
+    device = state.field.aabb.device
+    settings = FIELD_SAMPLES, state.occupancy, config.render.max_points
+    camera = state.constrained.views[0].picture.to(device).camera
+    trained = render_picture(state.constrained, camera, *settings)
+    return trained, render_picture(full, seen.to(device).camera, *settings, with_normals=True)
+
+
 def reference_measures(
-    state: State, seen: ReferenceView, field_picture: Picture, mesh: TexturedMesh, config: PipelineConfig
+    state: State, seen: ReferenceView, trained: Picture, field_picture: Picture, mesh: TexturedMesh
 ) -> dict[str, float]:
     """How exactly field and mesh show the picture, seen from its own camera, inside the mask.
 
     Args:
         seen: The picture at the size that is compared.
-        field_picture: The field with the full-size picture, from that camera.
+        trained, field_picture: See `render_field`.
     """
     training = state.constrained.views[0].picture
-    camera = training.to(state.field.aabb.device).camera
-    trained = render_picture(state.constrained, camera, FIELD_SAMPLES, state.occupancy, config.render.max_points)
     numbers = {}
     for name, shown, picture in (("training", training, trained), ("full", seen, field_picture)):
         inside = (shown.mask[0] > 0.99).cpu().numpy()
@@ -245,39 +262,75 @@ def back_measures(mesh: TexturedMesh, view: ReferenceView) -> dict[str, float | 
 
 
 def write_files(mesh: TexturedMesh, folder: Path, name: str) -> None:
-    write_glb(mesh, folder / "mesh.glb", name)
+    texture = png_bytes(mesh.texture)
+    write_glb(mesh, folder / "mesh.glb", name, texture)
+    write_atomic(folder / "texture.png", texture)
     write_obj(mesh, folder / "mesh.obj", name)
     write_ply(mesh, folder / "mesh.ply")
-    write_texture(mesh.texture, folder / "texture.png")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures of the mesh that threads are at work on: numpy and Pillow let each other run."""
+
+    views: list[Future[np.ndarray]]
+    """From `preview.sheet_cameras`."""
+    reference: Future[np.ndarray]
+    """From the reference camera."""
+    turntable: Future[None]
+    """Its file."""
+
+
+def start_drawing(
+    threads: ThreadPoolExecutor,
+    mesh: TexturedMesh,
+    setup: CameraSetup,
+    frame: Frame,
+    reference: Camera,
+    config: MeshConfig,
+    folder: Path,
+) -> Drawing:
+    """Let threads draw the mesh in its world.
+
+    Args:
+        reference: The reference camera in the object frame, of the size to draw.
+    """
+    azimuth_rad, _, _ = orbit_angles(setup.camera.positions - setup.object_center)
+    start_deg = math.degrees(float(azimuth_rad))
+    world_view = replace(reference, c2w=_world_camera(setup, frame, reference))
+    cameras = [world_view, *sheet_cameras(mesh.vertices, start_deg=start_deg)]
+    first, *views = [threads.submit(render_mesh, mesh, camera, 2) for camera in cameras]
+    cameras = turntable_cameras(mesh.vertices, config.turntable_frames, config.turntable_size, start_deg=start_deg)
+    frames = [threads.submit(render_mesh, mesh, camera, 1) for camera in cameras]
+
+    def finish_turntable() -> None:
+        if frames:
+            write_turntable([frame.result() for frame in frames], folder / "turntable.gif")
+
+    return Drawing(views, first, threads.submit(finish_turntable))
 
 
 def write_pictures(
-    mesh: TexturedMesh,
-    setup: CameraSetup,
+    drawing: Drawing,
     prepared: PreparedPicture,
     view: ReferenceView,
     frame: Frame,
     field_picture: Picture,
     numbers: dict,
-    config: MeshConfig,
     folder: Path,
     name: str,
 ) -> None:
-    """The sheet and the turntable."""
-    seen = view.resized(MEASURED_PICTURE)
+    """The sheet and its thumbnail, and the end of the turntable."""
     window = _window(frame.camera, view.camera)
     opacity = field_picture.opacities.cpu().numpy()[..., None]
     field_view = np.concatenate([(field_picture.rgb.cpu().numpy() / np.maximum(opacity, 1e-3)).clip(0, 1), opacity], -1)
-    normals = field_picture.normals.cpu() @ seen.camera.c2w[:, :3]
-    world_view = replace(seen.camera, c2w=_world_camera(setup, frame, seen.camera))
-    azimuth_rad, _, _ = orbit_angles(setup.camera.positions - setup.object_center)
-    start_deg = math.degrees(float(azimuth_rad))
+    normals = field_picture.normals.cpu() @ view.camera.c2w[:, :3]
     data = SheetData(
         picture=prepared.original[window].astype(np.float32) / 255,
         mask=prepared.mask[window],
-        views=_rendered(mesh, sheet_cameras(mesh.vertices, start_deg=start_deg), 2),
+        views=[picture.result() for picture in drawing.views],
         field_view=field_view,
-        mesh_view=render_mesh(mesh, world_view, supersample=2),
+        mesh_view=drawing.reference.result(),
         depth=(field_picture.depths * (field_picture.opacities > 0.5)).cpu().numpy(),
         normals=normals.numpy(),
         numbers={
@@ -290,18 +343,9 @@ def write_pictures(
         },
         title=name,
     )
-    make_sheet(data, folder / "sheet.png")
     write_texture((data.views[1].clip(0, 1) * 255).round().astype(np.uint8), folder / "thumbnail.png")
-    if config.turntable_frames:
-        n_frames, size = config.turntable_frames, config.turntable_size
-        cameras = turntable_cameras(mesh.vertices, n_frames, size, start_deg=start_deg)
-        write_turntable(_rendered(mesh, cameras, 1), folder / "turntable.gif")
-
-
-def _rendered(mesh: TexturedMesh, cameras: list[Camera], supersample: int) -> list[np.ndarray]:
-    """Views of the mesh, drawn side by side: numpy lets other threads run."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return list(threads.map(lambda camera: render_mesh(mesh, camera, supersample), cameras))
+    make_sheet(data, folder / "sheet.png")
+    drawing.turntable.result()
 
 
 def _window(whole: Camera, part: Camera) -> tuple[slice, slice]:

@@ -236,7 +236,7 @@ def make_sheet(data: SheetData, path: str | Path, columns: int = COLUMNS) -> Pat
         left, top = MARGIN + (place % columns) * pitch_x, MARGIN + header + (place // columns) * pitch_y
         _write_numbers(draw, data.numbers, left, top, 2 * pitch_x - MARGIN)
     path = Path(path)
-    sheet.save(path, "PNG", optimize=True)
+    sheet.save(path, "PNG", compress_level=6)
     return path
 
 

@@ -47,6 +47,20 @@ def test_equals_the_slow_twin(seed):
     assert np.allclose(fast.barycentric[found].sum(1), 1, atol=1e-5)
 
 
+def test_pieces_change_nothing(monkeypatch):
+    """Not even between triangles that are equally near: the later one is seen, in one piece or in many."""
+    rng = np.random.default_rng(2)
+    uv, z = rng.uniform(-4, 20, (24, 2)), np.ones(24)
+    faces = np.stack([rng.permutation(24)[:3] for _ in range(12)])
+    faces = np.concatenate([faces, faces])
+    whole = rasterize_projected(uv, z, faces, 16, 12)
+    monkeypatch.setattr("conrad_engine.mesh.raster.MAX_CANDIDATES", 7)
+    pieces = rasterize_projected(uv, z, faces, 16, 12)
+    for name in ("faces", "barycentric", "z_depths"):
+        assert (getattr(whole, name) == getattr(pieces, name)).all(), name
+    assert (whole.faces[whole.faces >= 0] >= 12).all()
+
+
 def quad(y: float, half: float = 0.5):
     vertices = np.array([[-half, y, -half], [half, y, -half], [half, y, half], [-half, y, half]], np.float32)
     return vertices, np.array([[0, 1, 2], [0, 2, 3]], np.int32)

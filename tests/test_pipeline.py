@@ -88,6 +88,9 @@ def test_metrics_say_what_was_measured(finished):
     assert numbers["field_psnr_training"] > 30 and numbers["mesh_iou"] > 0.93
     assert numbers["components"] == 1 and numbers["manifold_edges"] > 0.99
     assert numbers["steps"] == 30 and numbers["seconds"] > 0 and numbers["memory_bytes"] > 0
+    parts = numbers["seconds_of_finish"]
+    assert {"surface", "texture", "files", "pictures"} <= set(parts)
+    assert 0 < sum(parts.values()) < numbers["seconds_by_stage"]["finish"] + 0.1
 
 
 def test_without_a_camera_the_mesh_is_centered_with_largest_side_1(finished):

@@ -56,6 +56,9 @@ class Texels:
     normals: np.ndarray
     faces: np.ndarray
     barycentric: np.ndarray
+    nearest: np.ndarray
+    """(size, size): which of them colors each texel of the texture: itself, or the nearest one to those outside the charts, so
+    that no seam shows at any mip level."""
 
 
 def bake_texture(
@@ -70,11 +73,14 @@ def bake_texture(
     size, whole = config.texture_size, mesh
     mesh = _subdivided(mesh)
     texels = surface_texels(mesh, size)
-    field = _field_colors(texels.positions, color)
     photo, weight = seen_by_photos(mesh, texels.positions, texels.normals, photos, config, texel_length(mesh, size))
-    base = field + _change_at_texels(mesh, texels, field, color, photos, config)
-    texture = as_texture(weight[:, None] * photo + (1 - weight[:, None]) * base, texels, size)
-    return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, texture)
+    # The rest are the photo's alone: what the field would say there is slow to ask.
+    rest = np.flatnonzero(weight < 1)
+    field = _field_colors(texels.positions[rest], color)
+    base = field + _change_at_texels(mesh, texels.faces[rest], texels.barycentric[rest], field, color, photos, config)
+    colors, share = photo.copy(), weight[rest, None]
+    colors[rest] = share * photo[rest] + (1 - share) * base
+    return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, as_texture(colors, texels))
 
 
 def _subdivided(mesh: UnwrappedMesh) -> UnwrappedMesh:
@@ -100,18 +106,20 @@ def _subdivided(mesh: UnwrappedMesh) -> UnwrappedMesh:
 
 
 def _field_colors(positions: np.ndarray, color: Callable[[Tensor], Tensor]) -> np.ndarray:
-    return np.concatenate([color(chunk).numpy() for chunk in torch.from_numpy(positions).split(CHUNK)])
+    chunks = torch.from_numpy(positions).split(CHUNK)
+    return np.concatenate([np.zeros((0, 3), np.float32), *(color(chunk).numpy() for chunk in chunks if len(chunk))])
 
 
 def _change_at_texels(
     mesh: UnwrappedMesh,
-    texels: Texels,
+    faces: np.ndarray,
+    barycentric: np.ndarray,
     field: np.ndarray,
     color: Callable[[Tensor], Tensor],
     photos: list[Photo],
     config: MeshConfig,
 ) -> np.ndarray:
-    """What is added to the field's color at the texels (n, 3), so that it continues the photos; see `blend`."""
+    """What is added to the field's color at points of faces (n, 3), so that it continues the photos; see `blend`."""
     corners = mesh.vertices[mesh.faces]
     spacing = float(np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=1)))
     photo, seen = seen_by_photos(mesh, mesh.vertices, mesh.normals, photos, config, spacing)
@@ -128,7 +136,7 @@ def _change_at_texels(
     # Vertices tell the smooth part; the field's finer detail stays where it is the field's own.
     kept = known * (1 - seen)
     at_vertices = np.concatenate([colors - kept[:, None] * own, kept[:, None]], 1)
-    at_texels = (at_vertices[mesh.faces[texels.faces]] * texels.barycentric[..., None]).sum(1)
+    at_texels = sum(barycentric[:, k, None] * at_vertices[mesh.faces[faces, k]] for k in range(3))
     return (at_texels[:, :3] + (at_texels[:, 3:] - 1) * field).astype(np.float32)
 
 
@@ -145,13 +153,16 @@ def surface_texels(mesh: UnwrappedMesh, size: int) -> Texels:
     fragments = rasterize_projected(uv, np.ones(len(uv)), mesh.faces, size, size)
     pixels = np.flatnonzero(fragments.faces.ravel() >= 0)
     faces, weights = fragments.faces.ravel()[pixels], fragments.barycentric.reshape(-1, 3)[pixels]
-    corners = mesh.faces[faces]
-    positions = (mesh.vertices[corners] * weights[..., None]).sum(1)
+    a, b, c = (mesh.vertices[corner] for corner in mesh.faces.T)
+    positions = sum(weights[:, k, None] * corner[faces] for k, corner in enumerate((a, b, c)))
     # Whether a photo sees a texel is decided by the true surface; smooth normals would tilt a box's flat sides.
-    a, b, c = (mesh.vertices[corners[:, k]] for k in range(3))
     normals = np.cross(b - a, c - a)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
-    return Texels(pixels, positions.astype(np.float32), normals.astype(np.float32), faces, weights)
+    normals = normals[faces]
+    rows, columns = distance_transform_edt(fragments.faces < 0, return_distances=False, return_indices=True)
+    number = np.cumsum(fragments.faces.ravel() >= 0) - 1
+    nearest = number[rows * size + columns].clip(0)
+    return Texels(pixels, positions.astype(np.float32), normals.astype(np.float32), faces, weights, nearest)
 
 
 def seen_by_photos(
@@ -236,17 +247,6 @@ def sample_picture(rgb: np.ndarray, uv: np.ndarray, footprint: float) -> np.ndar
     return found[0, :, 0].T.numpy()
 
 
-def as_texture(colors: Float[np.ndarray, "n 3"], texels: Texels, size: int) -> np.ndarray:
+def as_texture(colors: Float[np.ndarray, "n 3"], texels: Texels) -> np.ndarray:
     """The 8-bit texture (size, size, 3) of colors in [0, 1] of its texels."""
-    texture, covered = np.zeros((size * size, 3), np.float32), np.zeros(size * size, bool)
-    texture[texels.pixels], covered[texels.pixels] = colors, True
-    texture = padded(texture.reshape(size, size, 3), covered.reshape(size, size))
-    return (texture.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def padded(texture: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Every texel outside the charts takes the nearest chart's color: no seam at any mip level."""
-    if covered.all() or not covered.any():
-        return texture
-    rows, columns = distance_transform_edt(~covered, return_distances=False, return_indices=True)
-    return texture[rows, columns]
+    return (colors.clip(0, 1) * 255).round().astype(np.uint8)[texels.nearest]

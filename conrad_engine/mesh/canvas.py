@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from ..cameras import Camera
 from ..config import MeshConfig
-from .bake import Photo, as_texture, padded, sample_picture, seen_by_photos, surface_texels, texel_length, visibility
+from .bake import Photo, as_texture, sample_picture, seen_by_photos, surface_texels, texel_length, visibility
 from .mesh import TexturedMesh
 from .raster import rasterize, sample_texture
 from .unwrap import UnwrappedMesh
@@ -58,10 +58,7 @@ class Canvas:
         return np.concatenate([mean[..., :3], alpha], -1), ((mean[..., 3] > FINAL_SHARE) & (alpha[..., 0] > 0)) * 1.0
 
     def _table(self) -> Float[np.ndarray, "size size 4"]:
-        table, covered = np.zeros((self.size**2, 4), np.float32), np.zeros(self.size**2, bool)
-        table[self.texels.pixels, :3], table[self.texels.pixels, 3] = self.colors, self.final
-        covered[self.texels.pixels] = True
-        return padded(table.reshape(self.size, self.size, 4), covered.reshape(self.size, self.size))
+        return np.concatenate([self.colors, self.final[:, None]], 1)[self.texels.nearest]
 
     def paint(self, camera: Camera, rgb: Float[np.ndarray, "h w 3"]) -> None:
         """Put a picture on the texels that its camera sees well and that are not final.
@@ -88,4 +85,4 @@ class Canvas:
 
     def textured(self) -> TexturedMesh:
         """The mesh with its texture as painted so far."""
-        return replace(self.mesh, texture=as_texture(self.colors, self.texels, self.size))
+        return replace(self.mesh, texture=as_texture(self.colors, self.texels))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import mcubes
@@ -151,8 +152,12 @@ def _best_level(grid: _Grid, densities: np.ndarray, views: list[SurfaceView]) ->
         raise MeshError(NO_SURFACE)
     if not views:
         return min(levels, key=lambda level: abs(level - BLIND_LEVEL))
-    meshes = (grid.surface(_level_set(densities, level, grid.cell)) for level in levels)
-    scores = [_silhouette_iou(mesh, views[0]) for mesh in meshes]
+
+    def score(level: float) -> float:
+        return _silhouette_iou(grid.surface(_level_set(densities, level, grid.cell)), views[0])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        scores = list(threads.map(score, levels))
     log.info("surface levels %s match the silhouette by %s", levels, [round(score, 3) for score in scores])
     return next(level for level, score in zip(levels, scores) if score >= max(scores) - LEVEL_TOLERANCE)
 

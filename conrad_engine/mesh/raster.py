@@ -1,7 +1,7 @@
 """A z-buffer rasterizer in numpy: no window, no driver, no compiled code of ours.
 
-Candidate pixels of many triangles are laid out in one long list (each triangle's bounding box, row by row), tested at once,
-and written back to front; so there is no loop over triangles or pixels.
+Candidate pixels of many triangles are laid out in one long list (each triangle's bounding box, row by row) and tested at once;
+of those inside, the nearest wins its pixel. So there is no loop over triangles or pixels.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ NEAR = 1e-4
 """Triangles with a corner nearer than this (or behind the camera) are left out, not clipped."""
 EDGE = 1e-5
 """Tolerance of the inside test, so that neighbouring triangles leave no crack."""
-MAX_CANDIDATES = 4_000_000
-"""Pixels tested at once: bounds the memory to about 0.5 GB."""
+MAX_CANDIDATES = 1 << 17
+"""Pixels tested at once: their arrays stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -57,77 +57,104 @@ def rasterize(vertices: np.ndarray, faces: np.ndarray, camera: Camera) -> Fragme
 
 def rasterize_projected(uv: np.ndarray, z_depths: np.ndarray, faces: np.ndarray, width: int, height: int) -> Fragments:
     """Draw triangles from pixel coordinates (n_vertices, 2) and z-depths (n_vertices,) of their corners."""
+    boxes = _boxes(uv, z_depths, faces, width, height)
+    first_pixels = boxes.top * width + boxes.left
+    buffer = np.full(height * width, np.inf)
+    owners = np.full(height * width, -1)
+    for owner, column, row, planar in _covered(boxes):
+        depth = 1 / boxes.inverse_z(owner, *planar).sum(0)
+        pixels = first_pixels[owner] + row * width + column
+        np.minimum.at(buffer, pixels, depth)
+        # Of equally near triangles the last assignment stays.
+        nearest = np.flatnonzero(depth == buffer[pixels])
+        owners[pixels[nearest]] = owner[nearest]
+    found = np.flatnonzero(owners >= 0)
+    owner = owners[found]
+    row, column = np.divmod(found, width)
+    column, row = (column - boxes.left[owner]).astype(np.int32), (row - boxes.top[owner]).astype(np.int32)
+    planar = (p[0, owner] + column * p[1, owner] + row * p[2, owner] for p in boxes.planar)
     face_ids = np.full(height * width, -1, np.int32)
     weights = np.zeros((height * width, 3), np.float32)
-    buffer = np.full(height * width, np.inf, np.float32)
-    boxes = _boxes(uv, z_depths, faces, width, height)
-    inverse_z = (1 / np.where(z_depths > NEAR, z_depths, np.inf)).astype(np.float32)
-    for owner, column, row in _candidates(boxes):
-        planar = boxes.planar[:, owner, 0] + column * boxes.planar[:, owner, 1] + row * boxes.planar[:, owner, 2]
-        inside = (planar[0] >= -EDGE) & (planar[1] >= -EDGE) & (planar[0] + planar[1] <= 1 + EDGE)
-        owner, column, row, planar = owner[inside], column[inside], row[inside], planar[:, inside]
-        pixels = (boxes.low[owner, 1] + row) * width + boxes.low[owner, 0] + column
-        face = boxes.faces[owner]
-        second, third = planar * inverse_z[faces[face, 1:].T]
-        first = (1 - planar[0] - planar[1]) * inverse_z[faces[face, 0]]
-        depth = 1 / (first + second + third)
-        nearer = np.flatnonzero(depth < buffer[pixels])
-        # Of equal indices the last assignment stays, so the nearest comes last.
-        order = nearer[np.argsort(-depth[nearer], kind="stable")]
-        target = pixels[order]
-        buffer[target] = depth[order]
-        face_ids[target] = face[order]
-        weights[target] = np.stack([first[order], second[order], third[order]], 1) * depth[order, None]
-    z_buffer = np.where(np.isfinite(buffer), buffer, 0).reshape(height, width)
+    face_ids[found] = boxes.faces[owner]
+    weights[found] = (boxes.inverse_z(owner, *planar) * buffer[found]).T
+    z_buffer = np.where(owners >= 0, buffer, 0).astype(np.float32).reshape(height, width)
     return Fragments(face_ids.reshape(height, width), weights.reshape(height, width, 3), z_buffer)
 
 
 @dataclass(frozen=True)
 class _Boxes:
-    """Triangles that may cover a pixel, with the box of pixel centers around each."""
+    """Triangles that may cover a pixel, with the box of pixel centers around each. Arrays of columns: numpy is several times
+    faster along whole columns than along short rows."""
 
     faces: np.ndarray
     """(n,) triangle numbers."""
-    low: np.ndarray
-    """(n, 2) first column and row."""
-    size: np.ndarray
-    """(n, 2) columns and rows."""
+    left: np.ndarray
+    top: np.ndarray
+    """(n,) first column and row."""
+    width: np.ndarray
+    height: np.ndarray
+    """(n,) columns and rows."""
     planar: np.ndarray
-    """(2, n, 3) float32: second and third corner's weight at the box's first center, and its change by column and row."""
+    """(2, 3, n) float32: second and third corner's weight at the box's first center, and its change by column and row."""
+    corner_inverse_z: np.ndarray
+    """(3, n) float32."""
+
+    def inverse_z(self, owner: np.ndarray, second: np.ndarray, third: np.ndarray) -> np.ndarray:
+        """(3, k): what each corner of some boxes' triangles adds to the inverse z-depth at points with these weights."""
+        a, b, c = self.corner_inverse_z
+        return np.stack([(1 - second - third) * a[owner], second * b[owner], third * c[owner]])
 
 
 def _boxes(uv: np.ndarray, z_depths: np.ndarray, faces: np.ndarray, width: int, height: int) -> _Boxes:
-    visible = np.flatnonzero((z_depths > NEAR)[faces].all(1))
-    corners = uv[faces[visible]]
-    limits = np.array([width, height]) - 1
-    low = np.clip(np.ceil(corners.min(1) - 0.5), 0, limits + 1).astype(np.int64)
-    high = np.clip(np.floor(corners.max(1) - 0.5), -1, limits).astype(np.int64)
-    size = np.maximum(high - low + 1, 0)
-    first, to_second, to_third = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
-    area = to_second[:, 0] * to_third[:, 1] - to_third[:, 0] * to_second[:, 1]
-    used = (size > 0).all(1) & (np.abs(area) > 1e-12)
-    visible, low, size, first, area = visible[used], low[used], size[used], first[used], area[used, None]
-    second = np.stack([to_third[used, 1], -to_third[used, 0]], 1) / area
-    third = np.stack([-to_second[used, 1], to_second[used, 0]], 1) / area
-    start = low + 0.5 - first
-    planar = [np.concatenate([(start * slope).sum(1, keepdims=True), slope], 1) for slope in (second, third)]
-    return _Boxes(visible, low, size, np.stack(planar).astype(np.float32))
+    is_visible = z_depths > NEAR
+    a, b, c = faces.T
+    visible = np.flatnonzero(is_visible[a] & is_visible[b] & is_visible[c])
+    triangles = np.ascontiguousarray(faces[visible].T)
+    sides, lows, slopes = [], [], []
+    for values, limit in zip(np.ascontiguousarray(uv.T), (width, height)):
+        a, b, c = (values[corner] for corner in triangles)
+        low = np.clip(np.ceil(np.minimum(np.minimum(a, b), c) - 0.5), 0, limit).astype(np.int64)
+        high = np.clip(np.floor(np.maximum(np.maximum(a, b), c) - 0.5), -1, limit - 1).astype(np.int64)
+        lows.append(low)
+        sides.append(np.maximum(high - low + 1, 0))
+        slopes.append((b - a, c - a, low + 0.5 - a))
+    (second_x, third_x, start_x), (second_y, third_y, start_y) = slopes
+    area = second_x * third_y - third_x * second_y
+    used = np.flatnonzero((sides[0] > 0) & (sides[1] > 0) & (np.abs(area) > 1e-12))
+    area, start_x, start_y = area[used], start_x[used], start_y[used]
+    planar = []
+    for by_column, by_row in ((third_y, -third_x), (-second_y, second_x)):
+        by_column, by_row = by_column[used] / area, by_row[used] / area
+        planar.append(np.stack([start_x * by_column + start_y * by_row, by_column, by_row]))
+    inverse_z = (1 / np.where(is_visible, z_depths, np.inf)).astype(np.float32)
+    return _Boxes(
+        visible[used],
+        *(low[used] for low in lows),
+        *(side[used] for side in sides),
+        np.stack(planar).astype(np.float32),
+        inverse_z[triangles[:, used]],
+    )
 
 
-def _candidates(boxes: _Boxes) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All pixels of all boxes, in pieces: which box, and the column and row inside it."""
-    counts = boxes.size[:, 0] * boxes.size[:, 1]
+def _covered(boxes: _Boxes) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]]:
+    """All pixels that triangles cover, in pieces: which box, column and row inside it, and two corners' weights there."""
+    counts = boxes.width * boxes.height
     ends = np.cumsum(counts)
+    widths = boxes.width.astype(np.int32)
     first = 0
     while first < len(counts):
         done = ends[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(ends, done + MAX_CANDIDATES, side="right")))
-        owner = np.repeat(np.arange(first, last, dtype=np.int32), counts[first:last])
-        local = (
-            np.arange(len(owner)) - np.repeat(ends[first:last] - counts[first:last] - done, counts[first:last])
-        ).astype(np.int32)
-        row, column = np.divmod(local, boxes.size[:, 0].astype(np.int32)[owner])
-        yield owner, column, row
+        part, n = slice(first, last), counts[first:last]
+        owner = np.repeat(np.arange(first, last), n)
+        local = np.arange(len(owner), dtype=np.int32) - np.repeat((ends[part] - n - done).astype(np.int32), n)
+        row, column = np.divmod(local, np.repeat(widths[part], n))
+        second, third = (
+            np.repeat(p[0, part], n) + column * np.repeat(p[1, part], n) + row * np.repeat(p[2, part], n)
+            for p in boxes.planar
+        )
+        inside = np.flatnonzero((second >= -EDGE) & (third >= -EDGE) & (second + third <= 1 + EDGE))
+        yield owner[inside], column[inside], row[inside], [second[inside], third[inside]]
         first = last
 
 

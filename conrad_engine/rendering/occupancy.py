@@ -31,8 +31,9 @@ class OccupancyGrid(nn.Module):
     def cells(self, positions: Float[Tensor, "*n 3"]) -> Tensor:
         """Flat cell numbers of positions; positions outside the box take the nearest cell."""
         size = self.aabb[1] - self.aabb[0]
-        index = ((positions - self.aabb[0]) / size * self.resolution).long().clamp(0, self.resolution - 1)
-        return (index[..., 0] * self.resolution + index[..., 1]) * self.resolution + index[..., 2]
+        index = ((positions - self.aabb[0]) / size * self.resolution).int().clamp_(0, self.resolution - 1)
+        x, y, z = index.unbind(-1)
+        return (x * self.resolution + y) * self.resolution + z
 
     def contains(self, positions: Float[Tensor, "*n 3"]) -> Bool[Tensor, "*n"]:
         """Whether positions lie in occupied cells."""
