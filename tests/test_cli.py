@@ -146,7 +146,11 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(tmp_path):
     _, err = process.communicate(timeout=200)
     assert process.returncode == cli.STOPPED and "--resume" in err and "Traceback" not in err
     assert not (tmp_path / "mesh.glb").exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [command[0], "-X", "importtime", *command[1:], "--resume"], capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "torch" in imported and not {"sympy", "torch._dynamo", "trimesh"} & imported, "these delay every job"
     numbers = json.loads((tmp_path / "metrics.json").read_text())
     assert numbers["steps"] == 26 and numbers["field_psnr_training"] > 35

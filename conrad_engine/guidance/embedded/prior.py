@@ -130,7 +130,10 @@ class EmbeddedPrior:
         rows = camera_rows(cameras.to(self.device), self._base_azimuth_rad)
         clean = (self._ready().denoised(noisy, t, rows, self.config.scale, is_joint=True) + 1) / 2
         difference = small.detach() - clean
-        (gradient,) = torch.autograd.grad(small, pictures, difference)
+        # As a loss: given a gradient, torch imports its symbolic shapes and sympy with them, a third of a second of every job.
+        with torch.enable_grad():
+            loss = (small * difference).sum()
+        (gradient,) = torch.autograd.grad(loss, pictures)
         return GuidanceResult(gradient.to(rgba), difference.square().mean(), clean)
 
     def sample_views(
