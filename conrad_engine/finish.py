@@ -40,6 +40,8 @@ from .rendering.renderer import Picture, render_picture
 MEASURED_PICTURE = 512
 """Pixels along the longer side at which the result is compared with the picture."""
 FIELD_SAMPLES = 192
+FIELD_POINTS = 1 << 20
+"""Points of the field evaluated at once, while the mesh takes memory as well."""
 BACK_PICTURE = 256
 COLOR_REACH = 0.02
 """Distance of the neighbors whose colors are averaged, object frame: about a cell of the field."""
@@ -218,7 +220,7 @@ def render_field(
 ) -> tuple[Picture, Picture]:
     """The field from the reference camera: at the size of the training picture, and with the full one at the size of `seen`."""
     device = state.field.aabb.device
-    settings = FIELD_SAMPLES, state.occupancy, config.render.max_points
+    settings = FIELD_SAMPLES, state.occupancy, min(FIELD_POINTS, config.render.max_points)
     camera = state.constrained.views[0].picture.to(device).camera
     trained = render_picture(state.constrained, camera, *settings)
     return trained, render_picture(full, seen.to(device).camera, *settings, with_normals=True)
