@@ -226,7 +226,16 @@ def _sending(item: batch.Item) -> background.Steps:
         source = yield partial(batch.read_source, current.path(item), pictures.MAX_FILE_BYTES)
         if _at_hand is not own:
             return
-        request, notes = _request(item, scene_tools.scene_now(), source)
+        setup = source.settings.get("camera", {})
+        if (
+            not setup
+            and "elevation_deg" not in source.settings
+            and scene_tools.scene_now().conrad.batch.camera == "CAMERA"
+        ):
+            setup = yield from _scene_camera(opened.path(item), source.picture)
+        if _at_hand is not own:
+            return
+        request, notes = _request(item, scene_tools.scene_now(), source, setup)
         item.job, item.state, item.attempts = notes.job, batch.SENT, item.attempts + 1
         table.add(notes)
         # The list knows the job before the engine does: a crash in between costs nothing.
@@ -250,14 +259,12 @@ def _sending(item: batch.Item) -> background.Steps:
         link.sync_list()
 
 
-def _request(item: batch.Item, scene: bpy.types.Scene, source: batch.Source) -> tuple[Submit, Notes]:
+def _request(item: batch.Item, scene: bpy.types.Scene, source: batch.Source, setup: dict) -> tuple[Submit, Notes]:
     assert current is not None
     path, settings, own = current.path(item), scene.conrad, source.settings
     fields = {**requests.job_fields(settings), **{k: own[k] for k in requests.job_fields(settings) if k in own}}
     overrides = {**requests.extra_overrides(settings.extra), **own.get("overrides", {})}
-    setup, elevation = own.get("camera", {}), own.get("elevation_deg")
-    if not setup and elevation is None and settings.batch.camera == "CAMERA":
-        setup = _scene_camera(path, source.picture, scene)
+    elevation = own.get("elevation_deg")
     if not setup:
         overrides.setdefault("picture.fov_deg", float(own.get("fov_deg", math.degrees(settings.fov))))
         if elevation is None:
@@ -299,21 +306,25 @@ def _request(item: batch.Item, scene: bpy.types.Scene, source: batch.Source) -> 
     return request, notes
 
 
-def _scene_camera(path: Path, data: bytes, scene: bpy.types.Scene) -> dict:
-    item = scene.conrad.camera
+def _scene_camera(path: Path, data: bytes) -> background.Steps:
+    """The set-up of the scene's reference camera for a picture. Of a kind whose size only Blender reads, a thread of Blender's
+    decodes it first."""
+    size = pictures.upright_size(data)
+    if size is None:
+        try:
+            image = bpy.data.images.load(str(path))
+        except RuntimeError as error:
+            raise batch.BatchError(f"{path.name} cannot be read as a picture: {error}") from None
+        uid = image.session_uid
+        try:
+            yield from pictures.until_decoded(image)
+            size = camera.picture_size(pictures.found(uid))
+        finally:
+            bpy.data.batch_remove([image for image in bpy.data.images if image.session_uid == uid])
+    item = scene_tools.scene_now().conrad.camera
     if item is None:
         raise camera.CannotUseCamera("The scene has no reference camera: add one, or use the elevation instead")
-    size = pictures.upright_size(data)
-    if size is not None:
-        return camera.setup_of(item, *size)
-    try:
-        image = bpy.data.images.load(str(path))
-    except RuntimeError as error:
-        raise batch.BatchError(f"{path.name} cannot be read as a picture: {error}") from None
-    try:
-        return camera.job_setup(item, image)
-    finally:
-        bpy.data.images.remove(image)
+    return camera.setup_of(item, *size)
 
 
 def _follow(item: batch.Item) -> None:

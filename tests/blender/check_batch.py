@@ -135,6 +135,14 @@ def check_scene_camera(folder: Path) -> None:
     setup = table.jobs[opened.items[0].job].notes.setup
     assert opened.items[0].state == "done" and (setup["width"], setup["height"]) == (32, 24)
     assert setup == part("camera").job_setup(settings.camera, settings.image)
+    image = bpy.data.images.new("deep", 32, 24)
+    image.filepath_raw, image.file_format = str(folder / "in" / "deep.tif"), "TIFF"
+    image.save()
+    bpy.data.images.remove(image)
+    data, n_images = (folder / "in" / "deep.tif").read_bytes(), len(bpy.data.images)
+    found = part("background").finish(batch_run._scene_camera(folder / "in" / "deep.tif", data))
+    assert found == setup and len(bpy.data.images) == n_images, "of other kinds Blender reads the size"
+    (folder / "in" / "deep.tif").unlink()
 
 
 def check_elevations(folder: Path) -> None:
@@ -147,7 +155,7 @@ def check_elevations(folder: Path) -> None:
         scene.conrad.batch.camera = camera
         (folder / "in" / "cup.json").write_text(json.dumps(own))
         source = batch.read_source(folder / "in" / "cup.png", 10_000)
-        request, _ = batch_run._request(opened.items[0], scene, source)
+        request, _ = batch_run._request(opened.items[0], scene, source, {})
         names = ("elevation_deg", "is_elevation_known", "guess_elevation")
         return tuple(request.overrides.get(f"picture.{name}") for name in names)
 
