@@ -313,7 +313,7 @@ def why_pause(image: bpy.types.Image) -> str:
     width, height = pictures.size_of(image)
     if is_rendered or width * height <= pictures.QUIET_PIXELS or not has_alpha(image):
         return ""
-    return f"Blender stopped for a moment to find the outline of {image.name}, which has more than 4096 x 4096 pixels"
+    return f"Blender stopped for a moment to find the outline of {image.name} ({width} x {height} pixels)"
 
 
 def has_alpha(image: bpy.types.Image) -> bool:

@@ -27,7 +27,7 @@ def _reason(context: bpy.types.Context, needs_camera: bool) -> str:
 class CameraOperator(pictures.PreparedFirst):
     bl_options = {"REGISTER", "UNDO"}
     needs_camera = True
-    fits_camera = False
+    fits_camera = adds_camera = False
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
@@ -37,8 +37,9 @@ class CameraOperator(pictures.PreparedFirst):
         return not reason
 
     def preparation(self, context: bpy.types.Context) -> background.Steps:
-        if self.fits_camera:
-            return camera.find_outline(context.scene.conrad.image)
+        settings = context.scene.conrad
+        if self.fits_camera and (self.adds_camera or settings.camera is not None):
+            return camera.find_outline(settings.image)
         return super().preparation(context)
 
 
@@ -63,7 +64,8 @@ class CONRAD_OT_add_camera(CameraOperator, bpy.types.Operator):
     bl_idname = "conrad.add_camera"
     bl_label = "Add Reference Camera"
     bl_description = "Add a camera with the picture behind it and a proxy that shows where the object will be"
-    needs_camera, fits_camera = False, True
+    needs_camera = False
+    fits_camera = adds_camera = True
     look: BoolProperty(name="Look Through", default=True, description="Also turn the view to it")
 
     def execute(self, context: bpy.types.Context) -> set[str]:

@@ -25,8 +25,9 @@ HEAD_BYTES = 1024 * 1024
 LARGE_PIXELS = 2**18
 """Of more, threads do what they can: making room for the pixels of a megapixel alone took Blender 45 ms at times, because the
 system hands out new memory page by page."""
-QUIET_PIXELS, QUIET_RENDERED_PIXELS = 4096**2, 2**18
-"""Only Blender's own thread can take pixels out of Blender; more than these take it longer than 50 ms."""
+QUIET_PIXELS, QUIET_RENDERED_PIXELS = 3072**2, 2**18
+"""Only Blender's own thread can take pixels out of Blender; more than these may take it longer than 50 ms (4096 x 4096 painted
+ones 32 to 48 ms, and twice that where other programs use the memory)."""
 QUIET_PACKED_BYTES = 2**24
 """Packed files come out of Blender by way of its own thread too, about 1.6 ms a megabyte."""
 PATIENCE_S = 30.0
@@ -149,6 +150,9 @@ class PreparedFirst:
         yield from until_decoded(settings.image, settings.mask if settings.use_mask else None)
 
     def invoke(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
+        if any(type(other) is type(self) for other in context.window.modal_operators):
+            self.report({"INFO"}, "The picture is still being read")
+            return {"CANCELLED"}
         self._is_prepared: list[bool] = []
         background.start(_noted(self.preparation(context), self._is_prepared))
         if self._is_prepared:

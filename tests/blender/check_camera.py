@@ -110,18 +110,18 @@ def check_outline() -> None:
 def check_pause() -> None:
     """Only a very large picture that no file has is worth a word, and a render result much earlier."""
     pictures = part("pictures")
-    image = bpy.data.images.new("huge", 4097, 4096)
+    image = bpy.data.images.new("huge", 3073, 3072)
     assert "Blender stops for a moment to read huge" in pictures.why_pause(None, image)
-    image.scale(4096, 4096)
+    image.scale(3072, 3072)
     assert not pictures.why_pause(image, None)
     bpy.data.images.remove(image)
     camera = part("camera")
-    for height, word in ((4096, ""), (4097, "outline of large, which has more")):
-        image = new_picture(4096, height)
+    for height, word in ((3072, ""), (3073, "outline of large (3072 x 3073 pixels)")):
+        image = new_picture(3072, height)
         image.name = "large"
         assert word in camera.why_pause(image) and bool(word) == bool(camera.why_pause(image))
         bpy.data.images.remove(image)
-    image = bpy.data.images.new("flat", 4096, 4097, alpha=False)
+    image = bpy.data.images.new("flat", 3072, 3073, alpha=False)
     image.filepath_raw, image.file_format = bpy.app.tempdir + "flat.jpg", "JPEG"
     image.save()
     photo = bpy.data.images.load(image.filepath_raw, check_existing=False)

@@ -141,7 +141,9 @@ def add_camera_of_a_file() -> None:
     camera.add_reference = add
     with bpy.context.temp_override(window=window, area=area, region=area.regions[-1]):
         answer = bpy.ops.conrad.add_camera("INVOKE_DEFAULT")
+        again = bpy.ops.conrad.add_camera("INVOKE_DEFAULT")
     assert answer == {"RUNNING_MODAL"} and window.scene.conrad.camera is None, answer
+    assert again == {"CANCELLED"}, "a second press while the first one waits"
 
 
 view_error: float | None = None
