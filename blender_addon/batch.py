@@ -14,8 +14,11 @@ import dataclasses
 import fnmatch
 import json
 import os
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 from .jobs import is_setup
 
@@ -37,6 +40,10 @@ SIDECAR_TYPES: dict[str, tuple[type, ...]] = {
     "camera": (dict,),
     "overrides": (dict,),
 }
+
+
+_writing: dict[Path, Lock] = defaultdict(Lock)
+"""One list is written by one thread at a time."""
 
 
 class BatchError(Exception):
@@ -67,6 +74,10 @@ class Item:
     output: str = ""
     """What came of it: a file name in the output folder, or an object's name."""
 
+    def retry(self) -> None:
+        """Have it done again, even if it is finished."""
+        self.state, self.error, self.job = WAITING, "", ""
+
 
 @dataclass
 class Batch:
@@ -94,44 +105,38 @@ class Batch:
     def next_waiting(self) -> Item | None:
         return next((item for item in self.items if item.state == WAITING), None)
 
-    def retry(self, item: Item) -> None:
-        """Do a picture again; a finished one too."""
-        item.state, item.error, item.job = WAITING, "", ""
-        self.save()
-
     def save(self) -> None:
-        """Write the list whole or not at all.
+        """Write the list whole or not at all; from any thread, and what is written last is the newest.
 
         Raises:
             BatchError: The output folder cannot be written to.
         """
-        data = {
-            "version": LIST_VERSION,
-            "folder": str(self.folder),
-            "output": self.output,
-            "items": self.items,
-        }
         partial = self.out / (LIST_NAME + ".part")
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            # Neither indented nor by `asdict`: of thousands of pictures that takes ten times as long, at every change.
-            partial.write_text(json.dumps(data, default=vars), encoding="utf-8")
-            os.replace(partial, self.out / LIST_NAME)
-        except OSError as error:
-            raise BatchError(f"The output folder {self.out} cannot be written to: {error.strerror or error}") from None
+        with _writing[self.out]:
+            data = {"version": LIST_VERSION, "folder": str(self.folder), "output": self.output, "items": self.items}
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                # Neither indented nor by `asdict`: of thousands of pictures that takes ten times as long, at every change.
+                partial.write_text(json.dumps(data, default=vars), encoding="utf-8")
+                os.replace(partial, self.out / LIST_NAME)
+            except OSError as error:
+                reason = error.strerror or error
+                raise BatchError(f"The output folder {self.out} cannot be written to: {reason}") from None
 
 
-def find_pictures(folder: Path, pattern: str) -> list[str]:
+def find_pictures(folder: Path, pattern: str, is_wanted: Callable[[], bool] = lambda: True) -> list[str]:
     """Pictures of a folder, below it too, whose name fits one of the patterns; sorted.
 
     Raises:
-        BatchError: There is no such folder.
+        BatchError: There is no such folder, or nobody wants to know any more.
     """
     if not folder.is_dir():
         raise BatchError(f"{folder} is no folder")
     patterns = [p.lower() for p in pattern.split()] or ["*"]
     found = []
     for inside, _, names in os.walk(folder):
+        if not is_wanted():
+            raise BatchError("The search for pictures was stopped")
         below = Path(inside).relative_to(folder)
         for name in names:
             is_ours = name.startswith(".") or name == LIST_NAME
@@ -140,13 +145,18 @@ def find_pictures(folder: Path, pattern: str) -> list[str]:
     return sorted(found)
 
 
-def open_batch(folder: Path, pattern: str, out: Path, output: str) -> Batch:
-    """The batch of a folder, with what an earlier run finished.
+def open_batch(
+    folder: Path, pattern: str, out: Path, output: str, is_wanted: Callable[[], bool] = lambda: True
+) -> Batch:
+    """The batch of a folder, with what an earlier run finished. A slow drive makes it take any time.
+
+    Args:
+        is_wanted: False once nobody waits for it any more: then nothing is written either.
 
     Raises:
-        BatchError: No folder, no pictures, or a list in the output folder that is damaged or of another folder.
+        BatchError: Not wanted, no folder, no pictures, or a list in the output folder that is damaged or of another folder.
     """
-    pictures = find_pictures(folder, pattern)
+    pictures = find_pictures(folder, pattern, is_wanted)
     if out.resolve() != folder.resolve() and out.resolve().is_relative_to(folder.resolve()):
         # What is written there (thumbnails, textures) is no new input.
         inside = out.resolve().relative_to(folder.resolve()).as_posix() + "/"
@@ -156,6 +166,8 @@ def open_batch(folder: Path, pattern: str, out: Path, output: str) -> Batch:
     known = _read_list(out, folder, output)
     items = [known.get(picture) or Item(picture) for picture in pictures]
     batch = Batch(folder, out, items, output)
+    if not is_wanted():
+        raise BatchError("The search for pictures was stopped")
     batch.save()
     return batch
 

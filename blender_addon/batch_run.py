@@ -37,6 +37,12 @@ current: batch.Batch | None = None
 is_running = False
 message = ""
 """The last thing worth saying about the whole batch."""
+looks_later = not bpy.app.background
+"""A window has ticks at which a batch can be opened once its folder was looked through; a script has none."""
+_looking: object | None = None
+"""Who waits for a folder; another value tells the search that nobody waits for it any more."""
+_being_saved: set[object] = set()
+"""One entry for every thread that writes the list."""
 _at_hand: tuple[batch.Item, float] | None = None
 """The picture that is being read and sent, one at a time, and since when. Another value, even an equal one, tells the work on
 this one that nobody waits for it any more."""
@@ -44,24 +50,63 @@ _being_written: set[str] = set()
 """Jobs whose GLB file is on its way to the disk."""
 
 
-def open_scene_batch(scene: bpy.types.Scene) -> batch.Batch:
-    """The batch that the scene's settings name.
+def look(scene: bpy.types.Scene, and_start: bool) -> None:
+    """Open the batch that the scene's settings name and go on with it if asked to; the folder is read while Blender goes on.
+
+    Raises:
+        BatchError: See `_opening`; where `looks_later`, what is wrong becomes the `message`.
+    """
+    global message, _looking
+    steps = _opening(scene, and_start)
+    if looks_later:
+        message, _looking = f"Looking for pictures in {scene.conrad.batch.folder}", object()
+        background.start(_opening_later(steps, _looking))
+    else:
+        background.finish(steps)
+
+
+def is_looking() -> bool:
+    """The folder is being looked through."""
+    return _looking is not None
+
+
+def _opening(scene: bpy.types.Scene, and_start: bool = False) -> background.Steps:
+    """Open the batch of a scene.
 
     Raises:
         BatchError: See `batch.open_batch`.
     """
-    global current, message, _at_hand
-    chosen = scene.conrad.batch
+    global current, message, _at_hand, _looking
+    chosen, own = scene.conrad.batch, _looking
     if not chosen.folder:
         raise batch.BatchError("Choose the folder with the pictures")
     folder = Path(bpy.path.abspath(chosen.folder))
     out = Path(bpy.path.abspath(chosen.out_folder)) if chosen.out_folder else folder / "conrad_results"
-    current = batch.open_batch(folder, chosen.pattern, out, chosen.output)
-    message, _at_hand = "", None
-    if chosen.output in ("GRID", "COLLECTIONS"):
-        _append_missing(scene)
+    name, token, output, pattern = scene.name, link.file_token, chosen.output, chosen.pattern
+    opened = yield partial(batch.open_batch, folder, pattern, out, output, lambda: _looking is own)
+    if _looking is not own:
+        return
+    current, _at_hand, _looking = opened, None, None
+    message = f"{len(opened.items)} pictures, {opened.counts[batch.DONE]} of them finished"
     sync_list()
-    return current
+    if and_start:
+        start()
+    if output in ("GRID", "COLLECTIONS"):
+        yield from _append_missing(opened, name, token)
+
+
+def _opening_later(steps: background.Steps, own: object) -> background.Steps:
+    """The same at the ticks to come; what is wrong is said in the panel."""
+    global message, _looking
+    try:
+        yield from steps
+    except (batch.BatchError, OSError) as error:
+        if _looking is own:
+            message = str(error)
+    finally:
+        if _looking is own:
+            _looking = None
+        scene_tools.redraw()
 
 
 def start() -> None:
@@ -75,8 +120,9 @@ def start() -> None:
 
 def stop(cancel_jobs: bool) -> None:
     """Send nothing more; what the engine has in hand is finished or cancelled."""
-    global is_running, _at_hand
-    is_running, _at_hand = False, None
+    global is_running, _at_hand, _looking, message
+    message = "" if is_looking() else message
+    is_running, _at_hand, _looking = False, None, None
     if current is None:
         return
     session = link.session()
@@ -119,13 +165,34 @@ def _step() -> bool:
 
 
 def _save() -> None:
-    """Write the list; a batch whose list cannot be written stops, because it could not be resumed."""
-    global is_running, message
+    """Have the list written by a thread: of ten thousand pictures it takes 20 ms, and a slow drive any time."""
     assert current is not None
+    background.start(_saving(current))
+
+
+def _saving(own: batch.Batch) -> background.Steps:
+    """A batch whose list cannot be written stops, because it could not be resumed."""
+    global is_running, message
+    entry = object()
+    _being_saved.add(entry)
     try:
-        current.save()
+        yield own.save
     except batch.BatchError as error:
-        message, is_running = str(error), False
+        if own is current:
+            message, is_running = str(error), False
+            scene_tools.redraw()
+    finally:
+        _being_saved.discard(entry)
+
+
+def retry(items: list[batch.Item]) -> None:
+    """Do pictures of the open batch again; those on their way go on."""
+    for item in items:
+        if item.state != batch.SENT:
+            item.retry()
+    if items:
+        _save()
+        start()
 
 
 def _fail(item: batch.Item, error: str) -> None:
@@ -154,16 +221,25 @@ def _sending(item: batch.Item) -> background.Steps:
     """Read one picture and send it; whatever is wrong with it is its own problem and not the batch's."""
     global _at_hand
     assert current is not None
-    table, own, notes = link.session().table, _at_hand, None
+    table, opened, own, notes = link.session().table, current, _at_hand, None
     try:
         source = yield partial(batch.read_source, current.path(item), pictures.MAX_FILE_BYTES)
         if _at_hand is not own:
             return
-        request, notes = _request(item, scene_tools.scene_now(), source)
+        setup = source.settings.get("camera", {})
+        if (
+            not setup
+            and "elevation_deg" not in source.settings
+            and scene_tools.scene_now().conrad.batch.camera == "CAMERA"
+        ):
+            setup = yield from _scene_camera(opened.path(item), source.picture)
+        if _at_hand is not own:
+            return
+        request, notes = _request(item, scene_tools.scene_now(), source, setup)
         item.job, item.state, item.attempts = notes.job, batch.SENT, item.attempts + 1
         table.add(notes)
         # The list knows the job before the engine does: a crash in between costs nothing.
-        current.save()
+        yield opened.save
         yield partial(table.keep_request, request)
         if notes.job in table.jobs:
             link.session().submit(request, notes)
@@ -183,14 +259,12 @@ def _sending(item: batch.Item) -> background.Steps:
         link.sync_list()
 
 
-def _request(item: batch.Item, scene: bpy.types.Scene, source: batch.Source) -> tuple[Submit, Notes]:
+def _request(item: batch.Item, scene: bpy.types.Scene, source: batch.Source, setup: dict) -> tuple[Submit, Notes]:
     assert current is not None
     path, settings, own = current.path(item), scene.conrad, source.settings
     fields = {**requests.job_fields(settings), **{k: own[k] for k in requests.job_fields(settings) if k in own}}
     overrides = {**requests.extra_overrides(settings.extra), **own.get("overrides", {})}
-    setup, elevation = own.get("camera", {}), own.get("elevation_deg")
-    if not setup and elevation is None and settings.batch.camera == "CAMERA":
-        setup = _scene_camera(path, source.picture, scene)
+    elevation = own.get("elevation_deg")
     if not setup:
         overrides.setdefault("picture.fov_deg", float(own.get("fov_deg", math.degrees(settings.fov))))
         if elevation is None:
@@ -232,21 +306,25 @@ def _request(item: batch.Item, scene: bpy.types.Scene, source: batch.Source) -> 
     return request, notes
 
 
-def _scene_camera(path: Path, data: bytes, scene: bpy.types.Scene) -> dict:
-    item = scene.conrad.camera
+def _scene_camera(path: Path, data: bytes) -> background.Steps:
+    """The set-up of the scene's reference camera for a picture. Of a kind whose size only Blender reads, a thread of Blender's
+    decodes it first."""
+    size = pictures.upright_size(data)
+    if size is None:
+        try:
+            image = bpy.data.images.load(str(path))
+        except RuntimeError as error:
+            raise batch.BatchError(f"{path.name} cannot be read as a picture: {error}") from None
+        uid = image.session_uid
+        try:
+            yield from pictures.until_decoded(image)
+            size = camera.picture_size(pictures.found(uid))
+        finally:
+            bpy.data.batch_remove([image for image in bpy.data.images if image.session_uid == uid])
+    item = scene_tools.scene_now().conrad.camera
     if item is None:
         raise camera.CannotUseCamera("The scene has no reference camera: add one, or use the elevation instead")
-    size = pictures.upright_size(data)
-    if size is not None:
-        return camera.setup_of(item, *size)
-    try:
-        image = bpy.data.images.load(str(path))
-    except RuntimeError as error:
-        raise batch.BatchError(f"{path.name} cannot be read as a picture: {error}") from None
-    try:
-        return camera.job_setup(item, image)
-    finally:
-        bpy.data.images.remove(image)
+    return camera.setup_of(item, *size)
 
 
 def _follow(item: batch.Item) -> None:
@@ -350,20 +428,26 @@ def _remove(item: bpy.types.Object) -> None:
     bpy.data.images.remove(image)
 
 
-def _append_missing(scene: bpy.types.Scene) -> None:
-    """Objects of an earlier run that this scene does not have come back from their files."""
-    assert current is not None
+def _append_missing(opened: batch.Batch, scene_name: str, file_token: str) -> background.Steps:
+    """Objects of an earlier run that this scene does not have come back from their files, one a tick."""
     there = {item.get("conrad_job") for item in bpy.data.objects}
-    for item in current.items:
-        path = current.out / item.output
-        if item.state != batch.DONE or item.job in there or not item.output.endswith(".blend") or not path.exists():
-            continue
-        with bpy.data.libraries.load(str(path)) as (source, target):
+    done = [item for item in opened.items if item.state == batch.DONE and item.output.endswith(".blend")]
+    gone = [item for item in done if item.job not in there]
+    missing = yield lambda: [item for item in gone if (opened.out / item.output).exists()]
+    for item in missing:
+        while scene_tools.is_busy():
+            yield partial(time.sleep, 0.05)
+        scene = bpy.data.scenes.get(scene_name)
+        if scene is None or link.file_token != file_token or current is not opened:
+            return
+        with bpy.data.libraries.load(str(opened.out / item.output)) as (source, target):
             target.objects = source.objects
         name = scene_tools.data_name(Path(item.picture).stem)
-        collection = name if current.output == "COLLECTIONS" else scene_tools.COLLECTION_NAME
+        collection = name if opened.output == "COLLECTIONS" else scene_tools.COLLECTION_NAME
         for made in target.objects:
             scene_tools.link(made, scene, collection)
+        scene_tools.push_undo("ConRad: Import Object")
+        yield lambda: None
 
 
 def run(
@@ -380,10 +464,11 @@ def run(
     reason = preferences.why_no_engine()
     if reason:
         raise batch.BatchError(reason)
-    opened = open_scene_batch(scene_tools.scene_now())
-    start()
+    background.finish(_opening(scene_tools.scene_now(), and_start=True))
+    opened = current
+    assert opened is not None
     end, said = time.monotonic() + timeout_s, None
-    while is_running:
+    while is_running or _being_saved:
         link.pump()
         time.sleep(0.05)
         if opened.counts != said and not quiet:
@@ -404,7 +489,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    global current, is_running, _at_hand
-    current, is_running, _at_hand = None, False, None
+    global current, is_running, _at_hand, _looking
+    current, is_running, _at_hand, _looking = None, False, None, None
     if _step in link.steps:
         link.steps.remove(_step)

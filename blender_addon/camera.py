@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -18,8 +17,8 @@ CAMERA_NAME, PROXY_NAME = "ConRad Reference", "ConRad Proxy"
 SENSOR_MM = 36.0
 ALPHA_DEPTHS = (32, 64, 128)
 """Bits a pixel of pictures that have alpha; Blender gives all four channels, whatever the file has."""
-fits_later = not bpy.app.background
-"""A window has ticks at which a camera can move once the outline of its picture is known; a script has none."""
+known_outline: tuple[int, tuple[float, float, float, float] | None] | None = None
+"""What `find_outline` has found, by the picture's session_uid, for the next `fit_to_picture`."""
 OUTLINE_SIDE = 1024
 """Pixels along a picture's larger side that are looked at for its outline."""
 
@@ -275,15 +274,28 @@ def fov_deg(item: bpy.types.Object, image: bpy.types.Image) -> float:
 def fit_to_picture(item: bpy.types.Object, image: bpy.types.Image) -> None:
     """Move and turn the camera, at the same orbit angles, until the proxy covers the object in the picture.
 
-    The outline of a large picture is looked for while Blender goes on, and the camera moves when it is known.
+    The outline of a large picture takes some time, during which Blender stands still, unless `find_outline` has found it.
 
     Raises:
         CannotUseCamera: It has no proxy or is not a perspective camera.
     """
-    if has_alpha(image) and pictures.is_large(image) and fits_later:
-        background.start(_fit_later(item, image))
-    else:
-        fit_to_box(item, image, outline_box(image))
+    global known_outline
+    known, known_outline = known_outline, None
+    fit_to_box(item, image, known[1] if known is not None and known[0] == image.session_uid else outline_box(image))
+
+
+def find_outline(image: bpy.types.Image) -> background.Steps:
+    """Find the outline of a large picture for a camera that is about to be fitted to it.
+
+    Raises:
+        NoPicture: It has no pixels, or was removed meanwhile.
+    """
+    global known_outline
+    uid, known_outline = image.session_uid, None
+    yield from pictures.until_decoded(image)
+    image = pictures.found(uid)
+    if has_alpha(image) and pictures.is_large(image):
+        known_outline = uid, (yield from _outline(image))
 
 
 def fit_to_box(item: bpy.types.Object, image: bpy.types.Image, box: tuple[float, float, float, float] | None) -> None:
@@ -295,22 +307,13 @@ def fit_to_box(item: bpy.types.Object, image: bpy.types.Image, box: tuple[float,
     set_pose(item, cm.fitted_pose(cm.orbit_of(pose_of(item), center), lens, center, size, box))
 
 
-def _fit_later(item: bpy.types.Object, image: bpy.types.Image) -> background.Steps:
-    """Fit the camera when the picture's outline is known, unless it has been moved or removed meanwhile."""
-    name, pose, uid = item.name, pose_of(item), image.session_uid
-    try:
-        yield from pictures.until_decoded(image)
-        box = yield from _outline(pictures.found(uid))
-        while scene_tools.is_busy():
-            yield partial(time.sleep, 0.05)
-        item = bpy.data.objects.get(name)
-        if item is not None and np.array_equal(pose_of(item), pose):
-            fit_to_box(item, pictures.found(uid), box)
-            # The operator's own undo step has the camera as it was before.
-            scene_tools.push_undo("ConRad: Fit to Picture")
-            scene_tools.redraw(view=True)
-    except (pictures.NoPicture, CannotUseCamera):
-        return
+def why_pause(image: bpy.types.Image) -> str:
+    """What to tell the user when Blender stood still while the outline of a picture was looked for, or nothing."""
+    is_rendered = image.type in ("RENDER_RESULT", "COMPOSITING")
+    width, height = pictures.size_of(image)
+    if is_rendered or width * height <= pictures.QUIET_PIXELS or not has_alpha(image):
+        return ""
+    return f"Blender stopped for a moment to find the outline of {image.name} ({width} x {height} pixels)"
 
 
 def has_alpha(image: bpy.types.Image) -> bool:

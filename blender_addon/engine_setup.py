@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .background import in_thread
 from .child import Child, tail
 
 MIN_PYTHON = (3, 11)
@@ -93,7 +94,8 @@ class Check:
         return Doctor.from_text(text if "{" in text else "\n".join(tail(self._log, 1)), code)
 
     def cancel(self) -> None:
-        self._child.end()
+        """Stop at once; Blender does not wait until the process is gone."""
+        in_thread(self._child.end)
 
 
 class SetUp:
@@ -156,7 +158,7 @@ class SetUp:
     def cancel(self) -> None:
         """Stop at once. What is there stays incomplete; the next set-up clears it."""
         if self._child is not None:
-            self._child.end()
+            in_thread(self._child.end)
         if self._check is not None:
             self._check.cancel()
         if not self.is_done:

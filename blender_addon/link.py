@@ -79,9 +79,9 @@ def pump() -> float | None:
         Seconds until the next round, or None when nothing is going on any more.
     """
     global last_error
-    if _session is None:
-        return WATCHING_S if background.go_on() else None
     try:
+        if _session is None:
+            return WATCHING_S if background.go_on() else None
         events = _session.poll()
         if events:
             _react(events)

@@ -11,6 +11,8 @@ def _why_not(context: bpy.types.Context) -> str:
     """The reason why no batch can be opened now, or nothing."""
     if not context.scene.conrad.batch.folder:
         return "Choose the folder with the pictures"
+    if batch_run.is_looking():
+        return "The folder is being looked through"
     return "The batch is running: stop it first" if batch_run.is_running else ""
 
 
@@ -28,12 +30,11 @@ class CONRAD_OT_batch_scan(bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
-            opened = batch_run.open_scene_batch(context.scene)
+            batch_run.look(context.scene, and_start=False)
         except batch.BatchError as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
-        counts = opened.counts
-        self.report({"INFO"}, f"{len(opened.items)} pictures, {counts[batch.DONE]} of them finished")
+        self.report({"INFO"}, batch_run.message)
         return {"FINISHED"}
 
 
@@ -51,11 +52,10 @@ class CONRAD_OT_batch_start(bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
-            batch_run.open_scene_batch(context.scene)
+            batch_run.look(context.scene, and_start=True)
         except batch.BatchError as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
-        batch_run.start()
         return {"FINISHED"}
 
 
@@ -88,15 +88,7 @@ class CONRAD_OT_batch_retry(bpy.types.Operator):
             chosen = [item for item in opened.items if item.state == batch.FAILED]
         else:
             chosen = opened.items[index : index + 1]
-        try:
-            for item in chosen:
-                if item.state != batch.SENT:
-                    opened.retry(item)
-        except batch.BatchError as error:
-            self.report({"ERROR"}, str(error))
-            return {"CANCELLED"}
-        if chosen:
-            batch_run.start()
+        batch_run.retry(chosen)
         scene_tools.redraw()
         return {"FINISHED"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import bpy
 import numpy as np
@@ -24,9 +24,10 @@ def _reason(context: bpy.types.Context, needs_camera: bool) -> str:
     return ""
 
 
-class CameraOperator:
+class CameraOperator(pictures.PreparedFirst):
     bl_options = {"REGISTER", "UNDO"}
     needs_camera = True
+    fits_camera = adds_camera = False
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
@@ -34,6 +35,17 @@ class CameraOperator:
         if reason:
             cls.poll_message_set(reason)
         return not reason
+
+    def preparation(self, context: bpy.types.Context) -> background.Steps:
+        settings = context.scene.conrad
+        if self.fits_camera and (self.adds_camera or settings.camera is not None):
+            return camera.find_outline(settings.image)
+        return super().preparation(context)
+
+
+def sentences(*said: str) -> str:
+    """Everything there is to say, as one text."""
+    return ". ".join(text for text in said if text)
 
 
 def look_through(context: bpy.types.Context) -> None:
@@ -53,6 +65,7 @@ class CONRAD_OT_add_camera(CameraOperator, bpy.types.Operator):
     bl_label = "Add Reference Camera"
     bl_description = "Add a camera with the picture behind it and a proxy that shows where the object will be"
     needs_camera = False
+    fits_camera = adds_camera = True
     look: BoolProperty(name="Look Through", default=True, description="Also turn the view to it")
 
     def execute(self, context: bpy.types.Context) -> set[str]:
@@ -65,7 +78,8 @@ class CONRAD_OT_add_camera(CameraOperator, bpy.types.Operator):
         scene_tools.make_active(item)
         if self.look:
             look_through(context)
-        self.report({"INFO"}, message or f"Added {item.name}")
+        pause = camera.why_pause(context.scene.conrad.image)
+        self.report({"INFO"}, sentences(message, pause) or f"Added {item.name}")
         return {"FINISHED"}
 
 
@@ -129,6 +143,7 @@ class CONRAD_OT_fit_camera(CameraOperator, bpy.types.Operator):
     bl_idname = "conrad.fit_camera"
     bl_label = "Fit to Picture"
     bl_description = "Move the camera until the proxy covers the object in the picture, at the same orbit and elevation"
+    fits_camera = True
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         settings = context.scene.conrad
@@ -137,6 +152,9 @@ class CONRAD_OT_fit_camera(CameraOperator, bpy.types.Operator):
         except camera.CannotUseCamera as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
+        pause = camera.why_pause(settings.image)
+        if pause:
+            self.report({"INFO"}, pause)
         return {"FINISHED"}
 
 
@@ -181,21 +199,26 @@ class CONRAD_OT_guess_elevation(CameraOperator, bpy.types.Operator):
     bl_idname = "conrad.guess_elevation"
     bl_label = "Guess"
     bl_description = "Set a usual elevation and let the prior treat it as uncertain"
-    needs_camera = False
+    needs_camera, fits_camera = False, True
     elevation_deg: FloatProperty(options={"HIDDEN"})
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         try:
             context.scene.conrad.is_elevation_guess = True
-            set_elevation(context.scene.conrad, self.elevation_deg)
+            pause = set_elevation(context.scene.conrad, self.elevation_deg)
         except camera.CannotUseCamera as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
+        if pause:
+            self.report({"INFO"}, pause)
         return {"FINISHED"}
 
 
-def set_elevation(settings: bpy.types.PropertyGroup, elevation_deg: float) -> None:
+def set_elevation(settings: bpy.types.PropertyGroup, elevation_deg: float) -> str:
     """Give the reference camera an elevation or, without one, the settings.
+
+    Returns:
+        Why Blender stood still for a moment, or nothing.
 
     Raises:
         CannotUseCamera: The camera cannot be fitted to the picture.
@@ -203,10 +226,12 @@ def set_elevation(settings: bpy.types.PropertyGroup, elevation_deg: float) -> No
     item = settings.camera
     if item is None:
         settings.elevation = math.radians(elevation_deg)
-        return
+        return ""
     camera.set_orbit_value(item, "elevation_deg", elevation_deg)
-    if settings.image is not None and item.conrad.is_own:
-        camera.fit_to_picture(item, settings.image)
+    if settings.image is None or not item.conrad.is_own:
+        return ""
+    camera.fit_to_picture(item, settings.image)
+    return camera.why_pause(settings.image)
 
 
 GUESS_LIMIT_S = 120.0
@@ -222,6 +247,7 @@ class Question:
     image: str
     camera: str
     asked_s: float
+    is_answered: bool = False
 
 
 question: Question | None = None
@@ -251,6 +277,7 @@ class CONRAD_OT_estimate_elevation(CameraOperator, bpy.types.Operator):
         image, mask = settings.image, settings.mask if settings.use_mask else None
         try:
             fov_deg = math.degrees(settings.fov) if item is None else camera.fov_deg(item, image)
+            pause = pictures.why_pause(image, mask)
             link.refresh_settings()
             link.session().elevation = None
             steps = _asking(min(max(fov_deg, 2.0), 120.0), image, mask, context.scene)
@@ -263,6 +290,8 @@ class CONRAD_OT_estimate_elevation(CameraOperator, bpy.types.Operator):
             return {"CANCELLED"}
         names = (context.scene.name, image.name, "" if item is None else item.name)
         question, guess_note = Question(link.file_token, *names, time.monotonic()), "Looking at the picture"
+        if pause:
+            self.report({"INFO"}, pause)
         link.wake()
         return {"FINISHED"}
 
@@ -288,20 +317,32 @@ def take_guess() -> bool:
     """Use the engine's answer when it is here and the user's hands are off; called at every tick.
 
     Returns:
-        Whether an answer is still waited for.
+        Whether an answer is still waited for, or being used.
     """
-    global question, guess_note
-    if question is None:
-        return False
+    global question
+    if question is None or question.is_answered:
+        return question is not None
     answer = link.session().elevation
     if answer is None and time.monotonic() - question.asked_s < GUESS_LIMIT_S:
         return True
     if answer is not None and scene_tools.is_busy():
         return True
-    asked, question, link.session().elevation = question, None, None
-    guess_note = _used(answer, asked)
+    question, link.session().elevation = replace(question, is_answered=True), None
+    background.start(_using(answer, question))
+    return question is not None
+
+
+def _using(answer: ElevationGuess | Error | None, asked: Question) -> background.Steps:
+    """Use an answer once the outline is known to which the camera is fitted."""
+    global question, guess_note
+    image = bpy.data.images.get(asked.image)
+    try:
+        if isinstance(answer, ElevationGuess) and answer.is_sure and asked.camera and image is not None:
+            yield from camera.find_outline(image)
+    except pictures.NoPicture:
+        pass
+    question, guess_note = None, _used(answer, asked)
     scene_tools.redraw(view=True)
-    return False
 
 
 def _used(answer: ElevationGuess | Error | None, asked: Question) -> str:
@@ -321,11 +362,11 @@ def _used(answer: ElevationGuess | Error | None, asked: Question) -> str:
     try:
         # What the engine is sure of counts as known; see the prior's model card.
         settings.is_elevation_guess = False
-        set_elevation(settings, answer.elevation_deg)
+        pause = set_elevation(settings, answer.elevation_deg)
     except camera.CannotUseCamera as error:
         return str(error)
     scene_tools.push_undo("ConRad: Guess Elevation")
-    return f"Elevation guessed: {degrees}"
+    return sentences(f"Elevation guessed: {degrees}", pause)
 
 
 class CONRAD_MT_elevations(bpy.types.Menu):

@@ -44,7 +44,7 @@ def _pause(context: bpy.types.Context) -> str:
     return pictures.why_pause(settings.image, settings.mask if settings.use_mask else None)
 
 
-class CONRAD_OT_generate(bpy.types.Operator):
+class CONRAD_OT_generate(pictures.PreparedFirst, bpy.types.Operator):
     bl_idname = "conrad.generate"
     bl_label = "Generate"
     bl_description = "Turn the picture into a textured object; Blender stays usable meanwhile"
@@ -68,7 +68,7 @@ class CONRAD_OT_generate(bpy.types.Operator):
         return {"FINISHED"}
 
 
-class CONRAD_OT_project(bpy.types.Operator):
+class CONRAD_OT_project(pictures.PreparedFirst, bpy.types.Operator):
     bl_idname = "conrad.project"
     bl_label = "Project Picture"
     bl_description = "Put the picture on the active mesh through the reference camera, without changing its shape"
@@ -319,7 +319,7 @@ class CONRAD_OT_drop_picture(bpy.types.Operator):
         except RuntimeError as error:
             self.report({"ERROR"}, f"{Path(path).name} cannot be read as a picture: {error}")
             return {"CANCELLED"}
-        if not pictures.size_of(image)[0]:
+        if not pictures.is_picture(image):
             if not image.users:
                 bpy.data.images.remove(image)
             self.report({"ERROR"}, f"{Path(path).name} has no pixels: it is no picture that Blender reads")

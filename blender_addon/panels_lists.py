@@ -133,7 +133,7 @@ class Batch(ConradPanel):
         state, opened = context.window_manager.conrad, batch_run.current
         layout.use_property_split, layout.use_property_decorate = True, False
         column = layout.column()
-        column.enabled = not batch_run.is_running
+        column.enabled = not (batch_run.is_running or batch_run.is_looking())
         column.prop(chosen, "folder")
         column.prop(chosen, "pattern")
         column.prop(chosen, "output")
@@ -154,6 +154,8 @@ class Batch(ConradPanel):
         else:
             row.operator("conrad.batch_scan", icon="VIEWZOOM")
             row.operator("conrad.batch_start", icon="PLAY")
+            if batch_run.is_looking():
+                row.operator("conrad.batch_stop", text="", icon="X")
         if batch_run.message:
             wrapped(layout, batch_run.message, context.region.width, "INFO")
         if opened is None or not state.batch:

@@ -12,20 +12,26 @@ from pathlib import Path
 import bpy
 import numpy as np
 
+from . import background
 from .background import Steps
 from .protocol import Array
 
 PLAIN_FORMATS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"BM": "bmp"}
+OTHER_FORMATS = (b"II*\0", b"MM\0*", b"\x76\x2f\x31\x01", b"#?RADIANCE", b"BM")
+"""TIFF, OpenEXR, Radiance, BMP: only Blender reads their size, and decodes them for that."""
 MAX_FILE_BYTES = 64 * 1024 * 1024
 HEAD_BYTES = 1024 * 1024
 """Color profiles and thumbnails stand before a JPEG file's size."""
 LARGE_PIXELS = 2**18
 """Of more, threads do what they can: making room for the pixels of a megapixel alone took Blender 45 ms at times, because the
 system hands out new memory page by page."""
-QUIET_PIXELS, QUIET_RENDERED_PIXELS = 4096**2, 2**18
-"""Only Blender's own thread can take pixels out of Blender; more than these take it longer than 50 ms."""
-PATIENCE_S = 3.0
-"""How long Blender's own thread is given to decode a picture for its icon."""
+QUIET_PIXELS, QUIET_RENDERED_PIXELS = 3072**2, 2**18
+"""Only Blender's own thread can take pixels out of Blender; more than these may take it longer than 50 ms (4096 x 4096 painted
+ones 32 to 99 ms)."""
+QUIET_PACKED_BYTES = 2**24
+"""Packed files come out of Blender by way of its own thread too, about 1.6 ms a megabyte."""
+PATIENCE_S = 30.0
+"""How long a thread of Blender's is given to decode a picture."""
 
 
 class NoPicture(Exception):
@@ -88,19 +94,94 @@ def why_pause(*images: bpy.types.Image | None) -> str:
             continue
         is_rendered = image.type in ("RENDER_RESULT", "COMPOSITING")
         if image.source == "FILE" and not image.is_dirty and not is_rendered:
-            continue
-        width, height = size_of(image)
-        if width * height > (QUIET_RENDERED_PIXELS if is_rendered else QUIET_PIXELS):
+            is_quiet = image.packed_file is None or image.packed_file.size <= QUIET_PACKED_BYTES
+        else:
+            width, height = size_of(image)
+            is_quiet = width * height <= (QUIET_RENDERED_PIXELS if is_rendered else QUIET_PIXELS)
+        if not is_quiet:
             return f"Blender stops for a moment to read {image.name}; a saved PNG or JPEG file is read while it goes on"
     return ""
 
 
+def is_decoding() -> bool:
+    """Whether a thread of Blender's is decoding a picture, for its icon: until it is done, whatever is asked of that picture
+    has to wait, even whether it is decoded."""
+    return not bpy.app.background and bpy.app.is_job_running("RENDER_PREVIEW")
+
+
+def start_decoding(*images: bpy.types.Image | None) -> bool:
+    """Have a thread of Blender's decode what else Blender's own would be kept waiting with; true while one is at it."""
+    if is_decoding():
+        return True
+    for image in () if bpy.app.background else images:
+        if image is None or image.source != "FILE" or image.has_data:
+            continue
+        head = unread_head(image)
+        if head is not None and head.width * head.height <= LARGE_PIXELS:
+            continue
+        with bpy.context.temp_override(window=bpy.context.window_manager.windows[0], id=image):
+            # Not for the preview: this is the one way to have a picture decoded in a thread.
+            if bpy.ops.ed.lib_id_generate_preview.poll():
+                bpy.ops.ed.lib_id_generate_preview()
+    return is_decoding()
+
+
 def until_decoded(*images: bpy.types.Image | None) -> Steps:
-    """Give Blender's own thread, which draws the icon of a chosen picture, the time to decode it."""
-    uids = [image.session_uid for image in images if image is not None and image.source == "FILE"]
-    end = time.monotonic() + (0 if bpy.app.background else PATIENCE_S)
-    while not all(found(uid).has_data for uid in uids) and time.monotonic() < end:
+    """Let a thread of Blender's decode these pictures first.
+
+    Raises:
+        NoPicture: One of them was removed meanwhile.
+    """
+    uids = [image.session_uid for image in images if image is not None]
+    end = time.monotonic() + PATIENCE_S
+    is_waiting = start_decoding(*images)
+    while is_waiting and time.monotonic() < end:
         yield partial(time.sleep, 0.02)
+        is_waiting = is_decoding()
+    for uid in uids:
+        found(uid)
+
+
+class PreparedFirst:
+    """An operator that begins, when a person presses its button, once `preparation` is done; Blender goes on meanwhile."""
+
+    def preparation(self, context: bpy.types.Context) -> Steps:
+        settings = context.scene.conrad
+        yield from until_decoded(settings.image, settings.mask if settings.use_mask else None)
+
+    def invoke(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
+        if any(type(other) is type(self) for other in context.window.modal_operators):
+            self.report({"INFO"}, "The picture is still being read")
+            return {"CANCELLED"}
+        self._is_prepared: list[bool] = []
+        background.start(_noted(self.preparation(context), self._is_prepared))
+        if self._is_prepared:
+            return self.execute(context)
+        self._timer = context.window_manager.event_timer_add(0.05, window=context.window)
+        context.window_manager.modal_handler_add(self)
+        context.workspace.status_text_set(f"{self.bl_label}: the picture is being read")
+        return {"RUNNING_MODAL"}
+
+    def modal(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
+        if event.type != "TIMER" or not self._is_prepared:
+            return {"PASS_THROUGH"}
+        self.cancel(context)
+        # The picture may have been removed meanwhile.
+        return self.execute(context) if self.poll(context) else {"CANCELLED"}
+
+    def cancel(self, context: bpy.types.Context) -> None:
+        context.window_manager.event_timer_remove(self._timer)
+        context.workspace.status_text_set(None)
+
+
+def _noted(steps: Steps, is_done: list[bool]) -> Steps:
+    """The same, its end noted."""
+    try:
+        yield from steps
+    except NoPicture:
+        pass
+    finally:
+        is_done.append(True)
 
 
 def array_of(values: np.ndarray) -> Array:
@@ -117,7 +198,7 @@ def file_bytes(image: bpy.types.Image) -> Steps:
     if image.source != "FILE" or image.is_dirty:
         return b""
     if image.packed_file is not None:
-        data = bytes(image.packed_file.data)
+        data = bytes(image.packed_file.data) if image.packed_file.size <= MAX_FILE_BYTES else b""
     else:
         data = yield partial(_read, _path_of(image), MAX_FILE_BYTES)
     head = head_of(data)
@@ -215,15 +296,28 @@ def unread_head(image: bpy.types.Image) -> Head | None:
     half a second for a photo. None where only Blender knows."""
     if image.has_data or image.source != "FILE":
         return None
-    if image.packed_file is not None:
-        return head_of(bytes(image.packed_file.data))
-    return head_of(_read(_path_of(image), HEAD_BYTES))
+    if image.packed_file is None:
+        return head_of(_read(_path_of(image), HEAD_BYTES))
+    key = image.session_uid, image.packed_file.size
+    if key not in _packed_heads:
+        # All of it comes out of Blender or nothing: once is enough.
+        _packed_heads[key] = head_of(bytes(image.packed_file.data))
+    return _packed_heads[key]
+
+
+_packed_heads: dict[tuple[int, int], Head | None] = {}
 
 
 def size_of(image: bpy.types.Image) -> tuple[int, int]:
     """Width and height, 0 where there are no pixels."""
     head = unread_head(image)
     return (head.width, head.height) if head is not None else tuple(image.size)
+
+
+def is_picture(image: bpy.types.Image) -> bool:
+    """Whether a picture just loaded is one, by the beginning of its file where that says it."""
+    is_other = not image.has_data and _read(_path_of(image), 16).startswith(OTHER_FORMATS)
+    return is_other or size_of(image)[0] > 0
 
 
 def values_of(image: bpy.types.Image) -> Steps:
@@ -335,20 +429,29 @@ def mesh_fields(item: bpy.types.Object, depsgraph: bpy.types.Depsgraph) -> dict[
     evaluated = item.evaluated_get(depsgraph)
     mesh = evaluated.to_mesh()
     try:
-        mesh.calc_loop_triangles()
-        n_triangles = len(mesh.loop_triangles)
-        if not n_triangles:
+        if not len(mesh.polygons):
             raise NoPicture(f"{item.name} has no faces to start from")
         vertices = np.empty(3 * len(mesh.vertices), np.float32)
         mesh.vertices.foreach_get("co", vertices)
-        faces = np.empty(3 * n_triangles, np.int32)
-        mesh.loop_triangles.foreach_get("vertices", faces)
+        faces = _triangles_of(mesh)
     finally:
         evaluated.to_mesh_clear()
     matrix = np.array(item.matrix_world, np.float64)
     world = vertices.reshape(-1, 3) @ matrix[:3, :3].T + matrix[:3, 3]
-    faces = faces.reshape(-1, 3)
     if np.linalg.det(matrix[:3, :3]) < 0:
         # A mirroring scale turns every triangle inside out.
         faces = faces[:, ::-1]
     return {"init_vertices": array_of(world.astype("<f4")), "init_faces": array_of(faces.astype("<i4"))}
+
+
+def _triangles_of(mesh: bpy.types.Mesh) -> np.ndarray:
+    """(n, 3) vertex numbers."""
+    if len(mesh.loops) == 3 * len(mesh.polygons):
+        # All are triangles: the corners as they lie in memory take no time, triangulating 500,000 faces 60 ms.
+        faces = np.empty(len(mesh.loops), np.int32)
+        mesh.attributes[".corner_vert"].data.foreach_get("value", faces)
+    else:
+        mesh.calc_loop_triangles()
+        faces = np.empty(3 * len(mesh.loop_triangles), np.int32)
+        mesh.loop_triangles.foreach_get("vertices", faces)
+    return faces.reshape(-1, 3)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .background import in_thread
 from .engine_state import EngineSettings, Event, State
 from .jobs import Job, JobTable, Notes, is_setup
 from .launcher import CannotStart, Launcher
@@ -83,7 +85,8 @@ class Session:
     _asked: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._unsent.update(self.table.unsent())
+        # They may be hundreds of megabytes: until a thread has read them nothing is connected.
+        self._kept: Future | None = in_thread(self.table.unsent)
 
     # What is asked of it
 
@@ -211,8 +214,13 @@ class Session:
         """
         now = time.monotonic() if now is None else now
         events: list[Event] = []
+        if self._kept is not None and self._kept.done():
+            kept, self._kept = self._kept.result(), None
+            # One that was removed meanwhile is not sent after all.
+            self._unsent.update({job: kept[job] for job in kept if job in self.table.jobs})
         self._poll_process(now)
-        self._connect(now)
+        if self._kept is None:
+            self._connect(now)
         if self.client is not None:
             try:
                 messages = self.client.poll(budget_s=READ_BUDGET_S)

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -158,6 +159,16 @@ def test_children_do_not_inherit_blenders_python(tmp_path, monkeypatch):
 # Set-up
 
 
+def test_cancelling_a_check_that_does_not_end_waits_for_nothing(tmp_path):
+    code = f"import signal, time, pathlib; signal.signal(15, signal.SIG_IGN); pathlib.Path({str(tmp_path / 'up')!r}).touch()"
+    check = engine_setup.Check(script(tmp_path / "python", code + "; time.sleep(60)"), tmp_path)
+    until((tmp_path / "up").exists)
+    began = time.monotonic()
+    check.cancel()
+    assert time.monotonic() - began < 0.5, "Blender stood still until the process was killed"
+    until(lambda: check._child.exit_code is not None)
+
+
 def make_wheel(folder: Path, doctor: str = '{"ok": true, "version": "9", "python": "3", "torch": "2"}') -> Path:
     """A wheel of a package called conrad_engine that only knows `doctor`."""
     path = folder / "conrad_engine-9-py3-none-any.whl"
@@ -286,6 +297,25 @@ def test_a_job_sent_to_nobody_reaches_the_engine_of_a_later_session(tmp_path):
         later.end()
 
 
+def test_jobs_that_were_not_sent_are_read_before_anything_is_connected_and_not_waited_for(tmp_path):
+    table, gate = JobTable(tmp_path), threading.Event()
+    requests = [toy_job(5), toy_job(5)]
+    for request in requests:
+        table.add(Notes(request.job))
+        table.keep_request(request)
+    kept = table.unsent()
+    assert len(kept) == 2
+    table.unsent = lambda: kept if gate.wait(WITHIN_S) else {}
+    session = Session(Launcher(tmp_path), table)
+    session.want()
+    session.poll()
+    assert session.wants_engine and not session._unsent, "nothing is started yet"
+    table.remove(requests[1].job)
+    gate.set()
+    poll_until(session, lambda: not session.wants_engine)
+    assert list(session._unsent) == [requests[0].job], "the other one was removed meanwhile"
+
+
 def test_keep_cancel_and_resume(tmp_path):
     with running(tmp_path / "data") as engine:
         session = make_session(tmp_path / "blender", engine.folder)
@@ -411,7 +441,7 @@ def test_a_remote_engine_needs_its_keys(tmp_path):
         stranger = make_session(tmp_path / "stranger", None)
         stranger.settings = replace(session.settings, client_key_file=str(tmp_path / "none"))
         stranger.want(by_person=True)
-        stranger.poll()
+        poll_until(stranger, lambda: stranger.state is not State.STOPPED)
         assert stranger.state is State.CRASHED and "none cannot be used" in stranger.state_line()
     finally:
         engine.terminate()

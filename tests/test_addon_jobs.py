@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -143,8 +144,31 @@ def test_a_folder_is_listed_once_and_resumed(tmp_path):
     ]
     assert again.by_job("f" * 32).picture == "b.png" and again.next_waiting().picture == "d.png"
     assert not again.is_finished and again.counts[batch.DONE] == 1
-    again.retry(again.items[0])
+    again.items[0].retry()
+    again.save()
     assert json.loads((tmp_path / "out" / batch.LIST_NAME).read_text())["items"][0]["state"] == batch.WAITING
+
+
+def test_a_search_that_nobody_waits_for_writes_nothing(tmp_path):
+    pictures(tmp_path / "in", "a.png", "sub/b.png")
+    for n_answers in (0, 1, 2):
+        answers = iter([True] * n_answers + [False])
+        with pytest.raises(batch.BatchError, match="was stopped"):
+            batch.open_batch(tmp_path / "in", "*.png", tmp_path / "out", "GLB", answers.__next__)
+        assert not (tmp_path / "out").exists(), f"after {n_answers} folders"
+
+
+def test_a_list_that_threads_write_at_once_is_whole_and_the_newest(tmp_path):
+    opened = batch.Batch(tmp_path, tmp_path / "out", [batch.Item(f"{k}.png") for k in range(300)])
+    threads = []
+    for item in opened.items[:40]:
+        item.state = batch.DONE
+        threads.append(threading.Thread(target=opened.save))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    items = json.loads((tmp_path / "out" / batch.LIST_NAME).read_text())["items"]
+    assert [item["state"] for item in items] == [item.state for item in opened.items]
 
 
 def test_what_is_written_is_no_input(tmp_path):

@@ -83,8 +83,7 @@ def generate(watch: Watch) -> Any:
     scene.conrad.image = painted("stream pot", *PICTURE)
     scene.conrad.texture_size, scene.conrad.n_faces = "2048", 500_000
     scene.conrad.extra = "optimize.n_steps=3000"
-    watch.call("press Add Reference Camera", bpy.ops.conrad.add_camera)
-    watch.pump_until("tick, outline of the picture", lambda: not part("background")._running)
+    add_camera(watch, "")
     before = set(table().jobs)
     watch.call("press Generate", bpy.ops.conrad.generate)
     [job_id] = set(table().jobs) - before
@@ -95,12 +94,22 @@ def send_large(watch: Watch) -> None:
     """A large painted picture, and a large photo that Blender has not decoded yet, with its camera."""
     image = bpy.context.scene.conrad.image = painted("large pot", LARGE, LARGE)
     send_and_cancel(watch, f"painted {LARGE} px")
+    add_camera(watch, f", painted {LARGE} px")
+    bpy.context.scene.conrad.camera = None
     image.file_format, image.filepath_raw = "JPEG", bpy.app.tempdir + "large.jpg"
     image.save()
     bpy.context.scene.conrad.image = bpy.data.images.load(image.filepath_raw)
-    watch.call(f"press Add Reference Camera, photo {LARGE} px", bpy.ops.conrad.add_camera)
+    add_camera(watch, f", photo {LARGE} px")
     send_and_cancel(watch, f"photo {LARGE} px")
     bpy.context.scene.conrad.camera = None
+
+
+def add_camera(watch: Watch, what: str) -> None:
+    """As its button does it, which is not there without a window: the outline first, tick by tick, then the operator."""
+    steps = part("camera").find_outline(bpy.context.scene.conrad.image)
+    watch.call(f"press Add Reference Camera{what}", part("background").start, steps)
+    watch.pump_until("tick, outline of the picture", lambda: not part("background")._running)
+    watch.call(f"Add Reference Camera{what}", bpy.ops.conrad.add_camera)
 
 
 def send_and_cancel(watch: Watch, what: str) -> None:
@@ -135,8 +144,6 @@ def run() -> None:
     empty_scene()
     set_up(watch)
     use_engine()
-    # As in a window, where ticks come by themselves.
-    part("camera").fits_later = True
     send_large(watch)
     job = generate(watch)
     watch.pump_until("tick of the start", lambda: job.progress is not None and job.progress.stage == "optimize")

@@ -135,6 +135,14 @@ def check_scene_camera(folder: Path) -> None:
     setup = table.jobs[opened.items[0].job].notes.setup
     assert opened.items[0].state == "done" and (setup["width"], setup["height"]) == (32, 24)
     assert setup == part("camera").job_setup(settings.camera, settings.image)
+    image = bpy.data.images.new("deep", 32, 24)
+    image.filepath_raw, image.file_format = str(folder / "in" / "deep.tif"), "TIFF"
+    image.save()
+    bpy.data.images.remove(image)
+    data, n_images = (folder / "in" / "deep.tif").read_bytes(), len(bpy.data.images)
+    found = part("background").finish(batch_run._scene_camera(folder / "in" / "deep.tif", data))
+    assert found == setup and len(bpy.data.images) == n_images, "of other kinds Blender reads the size"
+    (folder / "in" / "deep.tif").unlink()
 
 
 def check_elevations(folder: Path) -> None:
@@ -147,7 +155,7 @@ def check_elevations(folder: Path) -> None:
         scene.conrad.batch.camera = camera
         (folder / "in" / "cup.json").write_text(json.dumps(own))
         source = batch.read_source(folder / "in" / "cup.png", 10_000)
-        request, _ = batch_run._request(opened.items[0], scene, source)
+        request, _ = batch_run._request(opened.items[0], scene, source, {})
         names = ("elevation_deg", "is_elevation_known", "guess_elevation")
         return tuple(request.overrides.get(f"picture.{name}") for name in names)
 
@@ -214,6 +222,83 @@ def check_slow_drive(folder: Path) -> None:
         batch.read_source, batch_run.READ_LIMIT_S = real
 
 
+def check_looking(folder: Path) -> None:
+    """In a window a folder is looked through while Blender goes on; stopping forgets it, and what is wrong is said."""
+    batch, batch_run, background = part("batch"), part("batch_run"), part("background")
+    settings, gate, real = empty_scene().conrad.batch, threading.Event(), batch.find_pictures
+    settings.folder, settings.out_folder, settings.output = str(folder / "in"), str(folder / "looked"), "GLB"
+
+    def slow(*arguments: object) -> list[str]:
+        assert gate.wait(60)
+        return real(*arguments)
+
+    batch.find_pictures, batch_run.looks_later, batch_run.current = slow, True, None
+    try:
+        assert bpy.ops.conrad.batch_scan() == {"FINISHED"}
+        assert batch_run.is_looking() and "Looking for pictures" in batch_run.message
+        assert not bpy.ops.conrad.batch_scan.poll() and not bpy.ops.conrad.batch_start.poll()
+        part("link").pump()
+        assert batch_run.is_looking() and batch_run.current is None
+        bpy.ops.conrad.batch_stop()
+        assert not batch_run.is_looking() and not batch_run.message and bpy.ops.conrad.batch_scan.poll()
+        gate.set()
+        pump_until(lambda: not background._running)
+        assert batch_run.current is None and not batch_run.message and not (folder / "looked").exists()
+
+        bpy.ops.conrad.batch_scan()
+        pump_until(lambda: not batch_run.is_looking())
+        assert len(bpy.context.window_manager.conrad.batch) == len(FINISHED) and not batch_run.is_running
+        assert batch_run.message == "5 pictures, 0 of them finished", batch_run.message
+        settings.folder = str(folder / "nowhere")
+        bpy.ops.conrad.batch_start()
+        pump_until(lambda: not batch_run.is_looking())
+        assert "nowhere is no folder" in batch_run.message and not batch_run.is_running
+
+        # Of an earlier run's objects one comes a tick.
+        settings.folder, settings.out_folder, settings.output = str(folder / "in"), str(folder / "grid"), "GRID"
+        bpy.ops.conrad.batch_scan()
+        numbers = [0]
+        while background._running:
+            part("link").pump()
+            numbers.append(sum(bool(item.get("conrad_job")) for item in bpy.data.objects))
+        assert numbers[-1] == 3 and max(np.diff(numbers)) == 1, numbers
+    finally:
+        gate.set()
+        batch.find_pictures, batch_run.looks_later = real, False
+
+
+def check_saving(folder: Path) -> None:
+    """A list on a slow drive keeps nobody waiting but the picture that must not be sent before it is written."""
+    batch, batch_run, background = part("batch"), part("batch_run"), part("background")
+    settings, gate, real = empty_scene().conrad.batch, threading.Event(), batch.Batch.save
+    bpy.context.scene.conrad.preset = "draft"
+    settings.folder, settings.out_folder, settings.output = str(folder / "in"), str(folder / "saved"), "GLB"
+    settings.pattern = "cup.png"
+    n_saves = []
+
+    def slow(opened: object) -> None:
+        n_saves.append(gate.wait(60))
+        real(opened)
+
+    bpy.ops.conrad.batch_scan()
+    before = len(part("link").session().table.jobs)
+    batch.Batch.save = slow
+    try:
+        batch_run.current.items[0].state = "failed"
+        assert bpy.ops.conrad.batch_retry(all_failed=True) == {"FINISHED"}
+        pump_until(lambda: states()["cup.png"] == "sent")
+        part("link").pump()
+        assert not n_saves and not part("link").session()._unsent, "the list knows the job before the engine does"
+        gate.set()
+        pump_until(lambda: not (batch_run.is_running or background._running))
+        assert states() == {"cup.png": "done"} and len(part("link").session().table.jobs) == before + 1
+        written = json.loads((folder / "saved" / batch.LIST_NAME).read_text())["items"]
+        assert [item["state"] for item in written] == ["done"] and len(n_saves) < 6, n_saves
+    finally:
+        gate.set()
+        batch.Batch.save = real
+
+
 def check_retry(folder: Path) -> None:
     """The failed one is mended and done again."""
     batch_run = part("batch_run")
@@ -240,6 +325,8 @@ def run() -> None:
     check_scene_camera(folder)
     check_elevations(folder)
     check_slow_drive(folder)
+    check_looking(folder)
+    check_saving(folder)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import bpy
@@ -109,39 +110,89 @@ def check_outline() -> None:
 def check_pause() -> None:
     """Only a very large picture that no file has is worth a word, and a render result much earlier."""
     pictures = part("pictures")
-    image = bpy.data.images.new("huge", 4097, 4096)
+    image = bpy.data.images.new("huge", 3073, 3072)
     assert "Blender stops for a moment to read huge" in pictures.why_pause(None, image)
-    image.scale(4096, 4096)
+    image.scale(3072, 3072)
     assert not pictures.why_pause(image, None)
     bpy.data.images.remove(image)
+    camera = part("camera")
+    for height, word in ((3072, ""), (3073, "outline of large (3072 x 3073 pixels)")):
+        image = new_picture(3072, height)
+        image.name = "large"
+        assert word in camera.why_pause(image) and bool(word) == bool(camera.why_pause(image))
+        bpy.data.images.remove(image)
+    image = bpy.data.images.new("flat", 3072, 3073, alpha=False)
+    image.filepath_raw, image.file_format = bpy.app.tempdir + "flat.jpg", "JPEG"
+    image.save()
+    photo = bpy.data.images.load(image.filepath_raw, check_existing=False)
+    assert not camera.why_pause(photo) and not photo.has_data, "without alpha there is no outline to look for"
+    bpy.data.images.remove(image)
+    bpy.data.images.remove(photo)
     stand_in = SimpleNamespace(
         type="RENDER_RESULT", source="VIEWER", name="Render Result", has_data=True, size=(1920, 1080)
     )
     assert "read Render Result" in pictures.why_pause(stand_in)
-    photo = SimpleNamespace(type="IMAGE", source="FILE", is_dirty=False)
+    photo = SimpleNamespace(type="IMAGE", source="FILE", is_dirty=False, packed_file=None, name="photo")
     assert not pictures.why_pause(photo), "of a file nothing is looked at: its size could have it decoded"
+    photo.packed_file = SimpleNamespace(size=pictures.QUIET_PACKED_BYTES)
+    assert not pictures.why_pause(photo)
+    photo.packed_file.size += 1
+    assert "read photo" in pictures.why_pause(photo)
 
 
-def check_fit_later() -> None:
-    """In a window the outline of a large picture is found while Blender goes on; a camera that was moved stays there."""
-    camera, background = part("camera"), part("background")
+def check_loading() -> None:
+    """A picture of a kind whose size only Blender reads is taken without decoding it; what is no picture is not."""
+    scene, folder = empty_scene(), Path(bpy.app.tempdir)
+    image = new_picture(64, 48)
+    image.filepath_raw, image.file_format = str(folder / "deep.exr"), "OPEN_EXR"
+    image.save()
+    bpy.data.images.remove(image)
+    (folder / "no.exr").write_bytes(b"no picture")
+    assert bpy.ops.conrad.drop_picture(filepath=str(folder / "deep.exr")) == {"FINISHED"}
+    assert not scene.conrad.image.has_data and part("pictures").size_of(scene.conrad.image) == (64, 48)
+    try:
+        bpy.ops.conrad.drop_picture(filepath=str(folder / "no.exr"))
+    except RuntimeError as error:
+        assert "it is no picture" in str(error)
+    else:
+        raise AssertionError("a file that is no picture was taken")
+
+
+def check_outline_first() -> None:
+    """What a button does before its operator: of a large picture the outline is found while Blender goes on, and used once."""
+    camera, background, pictures = part("camera"), part("background"), part("pictures")
     scene = empty_scene()
     image = scene.conrad.image = new_picture(1800, 1500, (300, 200, 1000, 1300))
     bpy.ops.conrad.add_camera()
     item = scene.conrad.camera
     fitted = camera.pose_of(item)
-    for is_moved in (False, True):
-        camera.fit_to_box(item, image, None)
-        background.start(camera._fit_later(item, image))
-        item.location.x += 1.0 * is_moved
-        before = camera.pose_of(item)
+
+    def prepare() -> list[bool]:
+        is_done = []
+        background.start(pictures._noted(camera.find_outline(image), is_done))
+        return is_done
+
+    def wait() -> None:
         while background.go_on():
             time.sleep(0.01)
-        assert np.allclose(camera.pose_of(item), before if is_moved else fitted, atol=1e-6)
-    background.start(camera._fit_later(item, image))
+
+    is_done = prepare()
+    assert not is_done
+    wait()
+    assert is_done and np.allclose(camera.known_outline[1], (300, 200, 1000, 1300), atol=2)
+    outline_box, camera.outline_box = camera.outline_box, None
+    try:
+        camera.fit_to_box(item, image, None)
+        assert bpy.ops.conrad.fit_camera() == {"FINISHED"}
+    finally:
+        camera.outline_box = outline_box
+    assert np.allclose(camera.pose_of(item), fitted, atol=1e-6) and camera.known_outline is None
+    small = scene.conrad.image = new_picture(64, 48)
+    assert background.finish(camera.find_outline(small)) is None and camera.known_outline is None
+    is_done = prepare()
     bpy.data.images.remove(image)
-    while background.go_on():
-        time.sleep(0.01)
+    wait()
+    assert is_done and camera.known_outline is None, "a picture that was removed ends it too"
 
 
 def check_sliders() -> None:
@@ -216,7 +267,8 @@ def check_deletion() -> None:
 def run() -> None:
     check_projection()
     check_pause()
-    check_fit_later()
+    check_loading()
+    check_outline_first()
     check_adding()
     check_outline()
     check_sliders()

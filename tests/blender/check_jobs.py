@@ -165,6 +165,21 @@ def check_failure_and_queue() -> None:
     assert "shows no object" in bad.status()
 
 
+def check_triangles() -> None:
+    """Faces of any number of corners become triangles; those that are triangles already are taken as they lie."""
+    triangles_of = part("pictures")._triangles_of
+    mesh = bpy.data.meshes.new("mixed")
+    points = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0), (2, 0, 1)]
+    for faces, n_triangles in (([(0, 1, 2, 3), (1, 4, 2)], 3), ([(0, 1, 2), (0, 2, 3), (1, 4, 2)], 3)):
+        mesh.clear_geometry()
+        mesh.from_pydata(points, [], faces)
+        found = triangles_of(mesh)
+        mesh.calc_loop_triangles()
+        assert found.shape == (n_triangles, 3)
+        assert found.tolist() == [list(triangle.vertices) for triangle in mesh.loop_triangles]
+    bpy.data.meshes.remove(mesh)
+
+
 def check_start_mesh() -> None:
     scene = bpy.context.scene
     bpy.ops.mesh.primitive_monkey_add(location=(0, 0, 0.5))
@@ -206,6 +221,10 @@ def check_pictures_of_all_kinds(folder: Path) -> None:
     loaded.pack()
     (folder / "saved.png").unlink()
     assert finish(pictures.picture_fields(loaded, scene))["picture"].startswith(b"\x89PNG")
+    again = bpy.data.images[loaded.name]
+    again.buffers_free()
+    assert not again.has_data and pictures.size_of(again) == (40, 30) and not again.has_data
+    assert (again.session_uid, again.packed_file.size) in pictures._packed_heads
     loaded.pixels[0] = 0.5
     array = finish(pictures.picture_fields(loaded, scene))["pixels"]
     assert array.shape == (30, 40, 4) and array.dtype == "u1"
@@ -302,6 +321,7 @@ def run() -> None:
         check_guess,
         check_steering,
         check_failure_and_queue,
+        check_triangles,
         check_start_mesh,
         lambda: check_waiting_in_another_file(folder),
         lambda: check_pictures_of_all_kinds(folder),

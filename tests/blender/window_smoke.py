@@ -214,6 +214,8 @@ def drive(window: Window, job_limit_s: float) -> None:
     window.until(
         lambda s: s["view_error"] is not None and s["view_error"] < 1e-3, "the view becomes a reference camera"
     )
+    window.command("add_camera_of_a_file")
+    window.until(lambda s: s["was_decoded"] and s["camera"], "a large picture is decoded before its camera is added")
     print(f"{state['ticks']} ticks: p99 {state['tick_p99_ms']:.1f} ms (software GL, load {os.getloadavg()[0]:.1f})")
     for name, (wall, own) in state["longest_ms"].items():
         print(f"longest {name}: {wall:.1f} ms, own processor time {own:.1f} ms")

@@ -119,9 +119,38 @@ def camera_from_view() -> None:
     view_error = max(off, abs(settings.camera.data.lens / lens - 1))
 
 
+def add_camera_of_a_file() -> None:
+    """Press Add Reference Camera for a large picture that nobody has looked at; it begins once a thread has decoded it."""
+    global was_decoded
+    window = bpy.context.window_manager.windows[0]
+    area = next(area for area in window.screen.areas if area.type == "VIEW_3D")
+    image = bpy.data.images.new("large", 3000, 2000, alpha=True)
+    image.filepath_raw, image.file_format = os.path.join(os.path.dirname(STATE_FILE), "large.png"), "PNG"
+    image.save()
+    bpy.data.images.remove(image)
+    image = bpy.data.images.load(os.path.join(os.path.dirname(STATE_FILE), "large.png"))
+    window.scene.conrad.camera, window.scene.conrad.image = None, image
+    camera = import_module(f"{MODULE}.camera")
+    add_reference = camera.add_reference
+
+    def add(*arguments: Any) -> bpy.types.Object:
+        global was_decoded
+        was_decoded = not import_module(f"{MODULE}.pictures").is_decoding() and image.has_data
+        return add_reference(*arguments)
+
+    camera.add_reference = add
+    with bpy.context.temp_override(window=window, area=area, region=area.regions[-1]):
+        answer = bpy.ops.conrad.add_camera("INVOKE_DEFAULT")
+        again = bpy.ops.conrad.add_camera("INVOKE_DEFAULT")
+    assert answer == {"RUNNING_MODAL"} and window.scene.conrad.camera is None, answer
+    assert again == {"CANCELLED"}, "a second press while the first one waits"
+
+
 view_error: float | None = None
+was_decoded: bool | None = None
 COMMANDS = {
-    function.__name__: function for function in (import_in_edit_mode, object_mode, other_camera, camera_from_view)
+    function.__name__: function
+    for function in (import_in_edit_mode, object_mode, other_camera, camera_from_view, add_camera_of_a_file)
 }
 
 
@@ -170,6 +199,7 @@ def tell() -> float:
         else "",
         "render_size": [render.resolution_x, render.resolution_y],
         "view_error": view_error,
+        "was_decoded": was_decoded,
         "told": perf_counter(),
         "ticks": len(ticks),
         "tick_p99_ms": 1e3 * ticks[int(0.99 * (len(ticks) - 1))] if ticks else 0.0,
