@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conrad_engine.guidance.frozen_encoder import FrozenConv2d, PlainAttention, rewrite_encoder
+from conrad_engine.guidance.frozen_encoder import FrozenConv2d, PlainAttention, PlainResidual, rewrite_encoder
 from conrad_engine.guidance.fused_norms import FusedGroupNorm, fuse_norms
 
 from .triton_interpreter import runnable_kernels
@@ -44,7 +44,7 @@ def test_same_latents_and_same_gradient(autoencoder) -> None:
     rewritten = copy.deepcopy(autoencoder)
     rewrite_encoder(rewritten)
     kinds = [type(module) for module in rewritten.encoder.modules()]
-    assert kinds.count(PlainAttention) == 1 and kinds.count(FrozenConv2d) > 8
+    assert kinds.count(PlainAttention) == 1 and kinds.count(FrozenConv2d) > 8 and kinds.count(PlainResidual) == 4
     pictures, weight = torch.rand(2, 3, 48, 48) * 2 - 1, torch.randn(2, 4, 24, 24)
     expected, actual = (latents_and_gradient(vae, pictures, weight) for vae in (autoencoder, rewritten))
     for one, other in zip(actual, expected):

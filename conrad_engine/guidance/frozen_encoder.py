@@ -1,8 +1,9 @@
-"""Two exact rewrites that make the backward pass of a frozen autoencoder's encoder about three times faster on a GPU.
+"""Exact rewrites that make the backward pass of a frozen autoencoder's encoder about three times faster on a GPU.
 
 The library's encoder spends its backward pass on one attention layer, whose single head of 512 channels has no fast kernel,
-and on the convolutions' gradient to their inputs. Measured on an H100, 512 px, forward and backward: 24.9 ms as it is; 8.8 ms
-rewritten, compiled and captured, of which compiling takes care of the group norms.
+and on the convolutions' gradient to their inputs; and its residual blocks divide by one, a pass over memory each way.
+Measured on an H100, 512 px, forward and backward: 24.9 ms as it is; 8.8 ms rewritten, compiled and captured, of which
+compiling takes care of the group norms.
 """
 
 from __future__ import annotations
@@ -66,6 +67,32 @@ class PlainAttention(nn.Module):
         return x + mixed.transpose(1, 2).reshape(n, c, h, w)
 
 
+class PlainResidual(nn.Module):
+    """Stands for a diffusers `ResnetBlock2D` that knows no time, changes no size and divides by one."""
+
+    time_embedding_norm, time_emb_proj = "default", None
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
+        self.nonlinearity, self.conv_shortcut = block.nonlinearity, block.conv_shortcut
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        from diffusers.models.resnet import ResnetBlock2D
+
+        if not isinstance(block, ResnetBlock2D) or block.dropout.p > 0:
+            return False
+        changes = block.time_emb_proj, block.upsample, block.downsample
+        return all(change is None for change in changes) and block.output_scale_factor == 1
+
+    def forward(self, x: Float[Tensor, "n c h w"], temb: Tensor | None = None) -> Float[Tensor, "n d h w"]:
+        """`temb` as in `PlainAttention`."""
+        h = self.conv1(self.nonlinearity(self.norm1(x)))
+        h = self.conv2(self.nonlinearity(self.norm2(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
 def rewrite_encoder(vae: Any) -> None:
     """Rewrite the encoder of a diffusers `AutoencoderKL` in place; what it computes stays the same.
 
@@ -76,6 +103,10 @@ def rewrite_encoder(vae: Any) -> None:
     for index, attention in enumerate(attentions):
         if attention is not None and getattr(attention, "heads", 0) == 1:
             attentions[index] = PlainAttention(attention)
+    for module in list(encoder.modules()):
+        for name, child in list(module.named_children()):
+            if PlainResidual.fits(child):
+                setattr(module, name, PlainResidual(child))
     for module in list(encoder.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d) and child.stride == (1, 1) and child.groups == 1:
