@@ -14,8 +14,8 @@ MAX_NORM = 1.0
 class RowGroupNorm(nn.GroupNorm):
     """Group normalization that a compiler turns into sums along rows of channels, which is how the pictures are stored.
 
-    `nn.GroupNorm` is decomposed into a view by groups, for which pictures stored channels last are copied, forth and back:
-    a quarter of a training step. Same values, up to rounding.
+    `nn.GroupNorm` is decomposed into a view by groups, for which pictures stored channels last are copied, forth and back.
+    Same values, up to rounding.
     """
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
