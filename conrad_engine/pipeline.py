@@ -350,7 +350,8 @@ def _show(state: State, frame: Frame, config: PipelineConfig, monitor: Monitor) 
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Largest memory in use so far: of the device on a GPU, of the process on a CPU."""
+    """Largest memory in use so far: of the device on a GPU (not what a search for fast algorithms tried), of the process on a
+    CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

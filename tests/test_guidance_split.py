@@ -51,6 +51,25 @@ def test_distilling_drawn_numbers_is_the_gradient(configs, name):
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "zero123"])
+def test_only_steps_search_for_fast_convolutions(configs, name):
+    guidance, searches = make_guidance(configs[name], CPU), []
+
+    def look(*_) -> None:
+        searches.append(torch.backends.cudnn.benchmark)
+
+    guidance.distiller.space.vae.encoder.register_forward_hook(look)
+    guidance.distiller.space.vae.encoder.register_full_backward_hook(look)
+    guidance.distiller.network.register_forward_hook(look)
+    rgba = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    guidance.set_reference(ReferencePicture(rgba[0], orbit_camera(0.0, 0.1, 2.0, 0.7, 32), prompt="a toy"))
+    assert not any(searches)
+    searches.clear()
+    guidance.gradient(rgba, CAMERAS, 0.4)
+    assert searches == [True] * 3  # the autoencoder, the network, and back through the autoencoder
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "zero123"])
 def test_views_of_a_step_can_be_distilled_apart(configs, name):
     guidance = make_guidance(configs[name], CPU)
     rgba = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))

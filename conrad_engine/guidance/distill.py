@@ -17,7 +17,7 @@ from ..config import StableDiffusionConfig, Zero123Config
 from ..graphs import GraphedStep
 from . import sds
 from .interfaces import GuidanceResult
-from .latents import LatentSpace, composited, in_layout, picture_gradient, resized
+from .latents import LatentSpace, composited, in_layout, picture_gradient, resized, searched_convolutions
 from .memory import MemoryPlan, smaller_plan
 from .schedule import sample_times, time_range, times_to_timesteps
 
@@ -100,6 +100,7 @@ class Distiller:
     def forget(self) -> None:
         """Capture anew: something that a step depends on has changed."""
         self._graphed.reset()
+        self._signature = ()
 
     def gradient(
         self,
@@ -198,11 +199,17 @@ class Distiller:
         self._size = cameras.width, cameras.height
         # A captured step is bound to its shapes.
         signature = (self._size, self.shows_denoised, *(tuple(tensor.shape) for tensor in inputs))
-        if signature != self._signature:
-            self._signature = signature
+        is_first = signature != self._signature
+        if is_first:
             self.forget()
-        # The next call overwrites what a captured step returns.
-        gradient, loss, denoised = self._graphed(*inputs)
+            self._signature = signature
+        with searched_convolutions():
+            # The next call overwrites what a captured step returns.
+            gradient, loss, denoised = self._graphed(*inputs)
+        if is_first and rgba.is_cuda:
+            # The search takes the largest workspace that any algorithm asks for and the device has free (134 GiB were seen),
+            # and makes do with less: the peak is to say what steps need, of which all but this one follow.
+            torch.cuda.reset_peak_memory_stats(rgba.device)
         return gradient.clone(), loss.clone(), None if denoised is None else denoised.clone()
 
     def _step(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,23 @@ def on_device(network: Any, device: torch.device, compiles: bool = False) -> Any
     """A frozen network of diffusers where it will run, on a GPU in its fastest exact form."""
     network = network.to(device)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # all sizes are fixed, and there are steps enough to gain from the search
         make_fast(network, compiles)
     return network
+
+
+@contextmanager
+def searched_convolutions() -> Iterator[None]:
+    """Inside, cuDNN tries its algorithms on every new shape of a convolution and keeps the fastest.
+
+    For steps alone, which repeat their shapes often enough to gain from it: pictures encoded once a job, the drawing of first
+    views and of detail would spend more on the search than on themselves.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def make_fast(network: Any, compiles: bool = False) -> None:
