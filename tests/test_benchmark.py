@@ -179,10 +179,12 @@ def test_peer_step_moves_its_field_and_leaves_empty_space_out() -> None:
 
 def test_job_rows() -> None:
     parts = {"prepare": 1.0, "optimize": 4.0, "finish": 2.0}
-    figures = assets.JobFigures(10.0, parts, 1.5, 0.0, glb_s=9.0, finish_s={"surface": 1.5, "pictures": 0.5})
+    finish_s = {"surface": 1.5, "pictures": 0.5}
+    figures = assets.JobFigures(10.0, parts, 1.5, 0.0, glb_s=9.0, finish_s=finish_s, n_steps=100)
     row = assets.job_row("draft", figures)
     assert row.notes["picture to GLB s"] == 9.0 and row.notes["finish: surface s"] == 1.5
     assert row.notes["wall s"] == 10.0 and row.notes["start s"] == 3.0 and "GPU GiB" not in row.notes
+    assert row.notes["optimize: steps/s"] == 25.0
     failed = assets.job_row("draft", assets.JobFigures(1.0, {}, 0.2, 0.0, "no such file"))
     assert failed.error == "no such file" and failed.timing is None
 

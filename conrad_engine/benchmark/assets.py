@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class JobFigures:
     """From the start of the process to the written GLB."""
     finish_s: dict[str, float] = field(default_factory=dict)
     """By part of the last stage, `finish`."""
+    n_steps: int = 0
+    """Steps of the stage `optimize`."""
 
 
 def run_job(
@@ -91,6 +94,7 @@ def run_job(
             on_device,
             glb_s=(out / "mesh.glb").stat().st_mtime - started_at,
             finish_s=metrics.get("seconds_of_finish", {}),
+            n_steps=metrics["steps"],
         )
 
 
@@ -122,14 +126,31 @@ def run(report: Report, presets: list[str], picture: Path | None) -> None:
             report.add(job_row(f"preset {preset}, {picture.name}", figures))
 
 
+@dataclass(frozen=True)
+class LatentJob:
+    """A job as long as its kind of model needs."""
+
+    name: str
+    guidance: str
+    n_steps: int
+    n_views: int
+    write: Callable[[Path, torch.device, bool], Path]
+    can_gain: bool
+    """Whether it has steps enough to gain from compiled networks once they are in the cache."""
+
+
 LATENT_JOBS = (
-    ("Zero123", "zero123", 600, 4, write_zero123),
-    ("SD 2.1", "stable_diffusion", 5000, 1, write_stable_diffusion),
+    LatentJob("Zero123", "zero123", 600, 4, write_zero123, can_gain=False),
+    LatentJob("SD 2.1", "stable_diffusion", 5000, 1, write_stable_diffusion, can_gain=True),
 )
 
 
 def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
-    """The same for latent priors of the published sizes, read from disk; the files are in the system's cache by then."""
+    """The same for latent priors of the published sizes, read from disk; the files are in the system's cache by then.
+
+    Args:
+        compiles: Compile the networks of jobs that can gain from it, and run those twice.
+    """
     report.begin(
         "asset, latent priors",
         "wall seconds as above; hash grid, 64 px views x 128 samples, random weights of the published sizes (their gradient "
@@ -137,30 +158,31 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         picture = picture or drawn_picture(Path(folder) / "figure.png")
-        for name, guidance, n_steps, n_views, write in LATENT_JOBS:
-            n_steps = 4 if report.is_small else n_steps
-            label = f"{name}, {n_steps} steps, {n_views} views"
+        for job in LATENT_JOBS:
+            n_steps = 4 if report.is_small else job.n_steps
+            is_compiled = compiles and job.can_gain
+            label = f"{job.name}, {n_steps} steps, {job.n_views} views" + (", compiled" if is_compiled else "")
             try:
-                model = write(Path(folder) / guidance, report.device, report.is_small)
+                model = job.write(Path(folder) / job.guidance, report.device, report.is_small)
             except (ConradError, ImportError, OSError) as error:
                 report.add(Row(label, error=str(error)))
                 continue
             settings = {
                 "guidance.model": model,
                 "guidance.strength": 0.01,
-                "guidance.weights.compile": compiles,
+                "guidance.weights.compile": is_compiled,
                 "optimize.n_steps": n_steps,
-                "optimize.n_views": n_views,
+                "optimize.n_views": job.n_views,
                 "optimize.checkpoint_every": 500,
             }
             if not report.is_small:
                 settings |= {"field.kind": "hash_grid", "field.encoder": "auto", "render.n_samples": 128}
-            options = ["--guidance", guidance, "--prompt", "a figure"]
+            options = ["--guidance", job.guidance, "--prompt", "a figure"]
             for key, value in settings.items():
                 options += ["--set", f"{key}={value}"]
             preset = "draft" if report.is_small else "standard"
             device, n_threads = report.device.type, torch.get_num_threads()
-            for _ in range(2 if compiles else 1):  # the second one finds what the first compiled
+            for _ in range(2 if is_compiled else 1):  # the second one finds what the first compiled
                 report.add(job_row(label, run_job(picture, preset, device, n_threads, options=tuple(options))))
 
 
@@ -170,6 +192,8 @@ def job_row(name: str, figures: JobFigures) -> Row:
     notes = {"wall s": figures.wall_s, "picture to GLB s": figures.glb_s}
     notes |= {f"{part} s": seconds for part, seconds in figures.parts_s.items()}
     notes |= {f"finish: {part} s": seconds for part, seconds in figures.finish_s.items()}
+    if figures.parts_s.get("optimize") and figures.n_steps:
+        notes["optimize: steps/s"] = figures.n_steps / figures.parts_s["optimize"]
     notes["start s"] = round(figures.wall_s - sum(figures.parts_s.values()), 2)
     notes["process GiB"] = figures.resident_gib
     if figures.device_gib:
