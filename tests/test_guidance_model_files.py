@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from conrad_engine import model_files
-from conrad_engine.config import WeightsConfig
+from conrad_engine.config import WeightsConfig, Zero123Config
 from conrad_engine.errors import GuidanceError, MissingDependency
+from conrad_engine.guidance import make_guidance
 from conrad_engine.known_models import LICENSES, SUCCESSORS, license_of
 
 from . import tiny_checkpoints as tiny
@@ -40,6 +42,32 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_folder_is_taken_as_it_is(folder):
     assert model_files.model_folder(str(folder), PARTS, PLAIN) == folder
+
+
+def test_a_missing_model_is_said_before_libraries_are_imported():
+    script = (
+        "import sys, torch\n"
+        "from conrad_engine.config import StableDiffusionConfig, Zero123Config\n"
+        "from conrad_engine.errors import GuidanceError\n"
+        "from conrad_engine.guidance import make_guidance\n"
+        "for config in (StableDiffusionConfig(model='./none'), Zero123Config(model='./none')):\n"
+        "    try:\n"
+        "        make_guidance(config, torch.device('cpu'))\n"
+        "    except GuidanceError:\n"
+        "        print('diffusers' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "False"], run.stderr
+
+
+def test_garbage_is_collected_again_after_a_failure():
+    with pytest.raises(GuidanceError):
+        make_guidance(Zero123Config(model="./none"), torch.device("cpu"))
+    assert gc.isenabled()
+
+
+def test_reading_ahead_leaves_complaints_to_the_reader(tmp_path):
+    model_files._read_ahead([tmp_path / "none.safetensors", tmp_path])
 
 
 def test_the_hub_cache_is_read_without_a_network(folder, cache):

