@@ -25,6 +25,8 @@ READ_EVERY = 10
 MAX_BAD_STEPS = 10
 """Non-finite steps in a row that end the run."""
 PAUSE_S = 0.05
+SAVE_SHARE = 0.05
+"""Most of the time that may go into checkpoints: one of a hash grid is 140 MB, which a slow drive takes seconds for."""
 COMMANDS = tuple(Command)
 
 
@@ -62,7 +64,7 @@ def optimize(
         ranks.take_over([state.sampled, *state.field.state_dict().values()])
         save(state)
     train_step = TrainStep(state, priors.guidance, condition, config, ranks, priors.likeness)
-    terms, n_skipped = {}, state.n_skipped
+    terms, n_skipped, save_after = {}, state.n_skipped, 0.0
     started, first_step = time.monotonic(), state.step
     while state.step < n_total:
         command = COMMANDS[int(ranks.agree(COMMANDS.index(_wait_while_paused(state, monitor, show))))]
@@ -86,8 +88,10 @@ def optimize(
             state.history.append({"step": state.step, **terms})
         eta_s = (time.monotonic() - started) / (state.step - first_step) * (n_total - state.step)
         monitor.progress(Progress("optimize", state.step, n_total, eta_s, terms, memory_bytes(state.device)))
-        if state.step % config.optimize.checkpoint_every == 0 and state.step < n_total:
+        is_due = state.step % config.optimize.checkpoint_every == 0 and state.step < n_total
+        if is_due and (begun := time.monotonic()) >= save_after:
             save(state)
+            save_after = time.monotonic() + (time.monotonic() - begun) / SAVE_SHARE
         show(state)
     save(state)
 

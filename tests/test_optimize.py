@@ -225,6 +225,25 @@ def test_a_fine_stage_needs_a_first_one():
         OptimizeConfig(n_steps=0, fine_steps=5)
 
 
+@pytest.mark.parametrize(("save_s", "saved"), [(0.0, list(range(1, 51))), (1.0, [1, 21, 41, 50])], ids=["fast", "slow"])
+def test_checkpoints_take_a_small_part_of_the_time(monkeypatch, save_s, saved):
+    state, config, frame, _ = toy(steps=50, checkpoint_every=1)
+    clock, steps = [100.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+
+    class SlowPrior(BallPrior):
+        def gradient(self, *args):
+            clock[0] += 1.0
+            return super().gradient(*args)
+
+    def save(state):
+        clock[0] += save_s
+        steps.append(state.step)
+
+    run(state, config, frame, SlowPrior(), save=save)
+    assert steps == saved
+
+
 def test_keep_ends_early_without_an_error():
     state, config, frame, _ = toy(steps=50)
 

@@ -173,7 +173,6 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
                 "guidance.weights.compile": is_compiled,
                 "optimize.n_steps": n_steps,
                 "optimize.n_views": job.n_views,
-                "optimize.checkpoint_every": 500,
             }
             if not report.is_small:
                 settings |= {"field.kind": "hash_grid", "field.encoder": "auto", "render.n_samples": 128}
