@@ -18,13 +18,13 @@ from .constraint import ConstrainedField, ReferenceView
 from .errors import Cancelled, InputError
 from .evaluation import metrics as measure
 from .evaluation.geometry import topology
-from .files import write_atomic, write_json
+from .files import write_json
 from .guidance.embedded.detail import DetailModel
 from .guidance.interfaces import ReferencePicture
 from .mesh.bake import Photo, bake_texture
 from .mesh.clean import clean_mesh
 from .mesh.extract import SurfaceView, extract_mesh
-from .mesh.glb import png_bytes, write_glb, write_obj, write_ply, write_texture
+from .mesh.glb import write_glb, write_obj, write_ply, write_texture
 from .mesh.mesh import Mesh, TexturedMesh
 from .mesh.raster import render_mesh, render_with_depth
 from .mesh.unwrap import unwrap
@@ -264,11 +264,10 @@ def back_measures(mesh: TexturedMesh, view: ReferenceView) -> dict[str, float | 
 
 
 def write_files(mesh: TexturedMesh, folder: Path, name: str) -> None:
-    texture = png_bytes(mesh.texture)
-    write_glb(mesh, folder / "mesh.glb", name, texture)
-    write_atomic(folder / "texture.png", texture)
+    write_glb(mesh, folder / "mesh.glb", name)
     write_obj(mesh, folder / "mesh.obj", name)
     write_ply(mesh, folder / "mesh.ply")
+    write_texture(mesh.texture, folder / "texture.png")
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,12 @@ default axes show the object upright. PLY has no such custom and stays as it is.
 from __future__ import annotations
 
 import io
-import json
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from .. import __version__
 from ..errors import InputError
 from ..files import write_atomic
 from .mesh import Mesh, TexturedMesh, vertex_normals
@@ -44,67 +41,32 @@ def write_texture(texture: np.ndarray, path: Path) -> None:
     write_atomic(path, png_bytes(texture))
 
 
-def write_glb(mesh: TexturedMesh, path: Path, name: str = "object", texture: bytes | None = None) -> None:
+def write_glb(mesh: TexturedMesh, path: Path, name: str = "object") -> None:
     """One node, one material, the texture inside.
-
-    Args:
-        texture: The mesh's texture as a PNG file's bytes, where it has been encoded already.
 
     Raises:
         InputError: The file cannot be written.
     """
-    write_atomic(path, glb_bytes(mesh, name, texture))
+    write_atomic(path, glb_bytes(mesh, name))
 
 
-def glb_bytes(mesh: TexturedMesh, name: str = "object", texture: bytes | None = None) -> bytes:
-    # glTF's v runs downward.
-    uvs = np.stack([mesh.uvs[:, 0], 1 - mesh.uvs[:, 1]], 1)
-    columns = (
-        ("SCALAR", 5125, mesh.faces.astype("<u4").reshape(-1, 1)),
-        ("VEC3", 5126, (mesh.vertices @ TO_Y_UP.T).astype("<f4")),
-        ("VEC3", 5126, (mesh.normals @ TO_Y_UP.T).astype("<f4")),
-        ("VEC2", 5126, uvs.astype("<f4")),
+def glb_bytes(mesh: TexturedMesh, name: str = "object") -> bytes:
+    import trimesh  # a third of a second, which a job has while other threads draw
+
+    image = Image.open(io.BytesIO(png_bytes(mesh.texture)))
+    material = trimesh.visual.material.PBRMaterial(
+        name=name, baseColorTexture=image, metallicFactor=0.0, roughnessFactor=ROUGHNESS, doubleSided=False
     )
-    accessors = [
-        {
-            "bufferView": index,
-            "componentType": component,
-            "type": kind,
-            "count": len(values),
-            "min": values.min(0).tolist(),
-            "max": values.max(0).tolist(),
-        }
-        for index, (kind, component, values) in enumerate(columns)
-    ]
-    image = png_bytes(mesh.texture) if texture is None else texture
-    parts = [*(values.tobytes() for _, _, values in columns), image]
-    lengths = [len(part) for part in parts]
-    body = _padded(b"".join(parts), b"\0")
-    offsets = np.cumsum([0, *lengths]).tolist()
-    primitive = {"attributes": {"POSITION": 1, "NORMAL": 2, "TEXCOORD_0": 3}, "indices": 0, "material": 0}
-    surface = {"baseColorTexture": {"index": 0}, "metallicFactor": 0.0, "roughnessFactor": ROUGHNESS}
-    header = {
-        "asset": {"version": "2.0", "generator": f"conrad-engine {__version__}"},
-        "scene": 0,
-        "scenes": [{"nodes": [0]}],
-        "nodes": [{"name": name, "mesh": 0}],
-        "meshes": [{"name": name, "primitives": [primitive]}],
-        "materials": [{"name": name, "pbrMetallicRoughness": surface}],
-        "textures": [{"source": 0}],
-        "images": [{"bufferView": len(columns), "mimeType": "image/png"}],
-        "accessors": accessors,
-        "bufferViews": [
-            {"buffer": 0, "byteOffset": offset, "byteLength": length} for offset, length in zip(offsets, lengths)
-        ],
-        "buffers": [{"byteLength": len(body)}],
-    }
-    head = _padded(json.dumps(header).encode(), b" ")
-    chunks = struct.pack("<I4s", len(head), b"JSON") + head + struct.pack("<I4s", len(body), b"BIN\0") + body
-    return struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks
-
-
-def _padded(data: bytes, filler: bytes) -> bytes:
-    return data + filler * (-len(data) % 4)
+    body = trimesh.Trimesh(
+        vertices=mesh.vertices @ TO_Y_UP.T,
+        faces=mesh.faces,
+        vertex_normals=mesh.normals @ TO_Y_UP.T,
+        visual=trimesh.visual.TextureVisuals(uv=mesh.uvs, material=material),
+        process=False,
+    )
+    scene = trimesh.Scene()
+    scene.add_geometry(body, node_name=name, geom_name=name)
+    return scene.export(file_type="glb", include_normals=True)
 
 
 def write_obj(mesh: TexturedMesh, path: Path, name: str = "object") -> None:
@@ -219,7 +181,7 @@ def _load(source: Path | bytes, kind: str) -> trimesh.Trimesh:
         raise InputError(f"{_title(source)}: meshes can be {', '.join(KINDS)}, not {kind or 'without a suffix'}")
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise InputError(f"{source} does not exist; give the path of a mesh file")
-    import trimesh  # a third of a second that most jobs do without
+    import trimesh
 
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
