@@ -9,12 +9,28 @@ import pytest
 import torch
 from PIL import Image
 
+from .engine_process import running, until
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """A real engine process whose pipeline is a toy; one a test file."""
+    with running(tmp_path_factory.mktemp("engine") / "data") as engine:
+        yield engine
+
+
+@pytest.fixture
+def client(engine):
+    with engine.client() as client:
+        until(client, lambda: client.state == "ready" and client.status)
+        yield client
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -3,66 +3,48 @@
 import dataclasses
 import io
 import json
-import os
 import re
-import socket
-import stat
 import struct
-import subprocess
-import sys
 import time
 import zlib
 
 import numpy as np
 import pytest
-import zmq
 from PIL import Image
 
 from conrad_engine.protocol import (
     CANCELLED,
-    CONNECTION_FILE,
     DONE,
     FAILED,
     PAUSED,
     PROTOCOL_VERSION,
     QUEUED,
-    REFUSED,
     RUNNING,
     Array,
     Cancel,
     Continue,
-    EngineClient,
-    EngineUnavailable,
-    Error,
     Extract,
     Fetch,
     Forget,
     FreeMemory,
-    Hello,
     JobState,
     Keep,
     ListJobs,
     Pause,
     Preview,
     Progress,
-    ProtocolError,
     RequestRefused,
     Resume,
     SetPreview,
-    Shutdown,
     Submit,
-    encode,
     new_job_id,
 )
-from conrad_engine.server.clients import FORGET_AFTER_S
 from conrad_engine.server.dispatch import DECODE_LIMIT_S
 from conrad_engine.server.inputs import read_inputs
 from conrad_engine.server.store import Store
 
 from .engine_process import (
-    ROOT,
     WITHIN_S,
-    Engine,
     picture,
     running,
     toy_job,
@@ -74,19 +56,6 @@ from .engine_process import (
 from .toy_pipeline import expected_value
 
 SLOWLY = json.dumps({"delay_s": 0.02, "checkpoint_every": 5})
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("engine") / "data") as engine:
-        yield engine
-
-
-@pytest.fixture
-def client(engine):
-    with engine.client() as client:
-        until(client, lambda: client.state == "ready" and client.status)
-        yield client
 
 
 def test_a_job_from_picture_to_mesh(client):
@@ -396,113 +365,7 @@ def test_free_memory_can_pause_a_job_at_its_checkpoint(client, engine, tmp_path)
     assert until_state(client, job.job, DONE).metrics["value"] == expected_value(60)
 
 
-def test_a_wrong_token_is_refused_with_a_name(engine):
-    with EngineClient(engine.connection.endpoint, "guess") as stranger:
-        messages = until(stranger, lambda: stranger.state == REFUSED)
-        assert Error("refused", messages[-1].message) in messages
-        with pytest.raises(EngineUnavailable):
-            stranger.send(Shutdown())
-
-
-def test_nobody_else_can_read_the_connection_file(engine):
-    path = engine.folder / CONNECTION_FILE
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert json.loads(path.read_text())["token"] == engine.connection.token
-
-
-def test_logs_carry_no_token(engine, client):
-    job = toy_job(steps=2)
-    client.request(job)
-    client.wait(job.job, WITHIN_S)
-    logs = [engine.log, *engine.folder.glob("*.log")]
-    assert len(logs) >= 2
-    assert all(engine.connection.token not in log.read_text() for log in logs)
-    command = open(f"/proc/{engine.worker_pids()[0]}/cmdline").read()
-    assert engine.connection.token not in command
-
-
-def test_a_client_of_another_version_learns_which_side_is_old(engine):
-    context = zmq.Context()
-    try:
-        dealer = context.socket(zmq.DEALER)
-        dealer.plain_username, dealer.plain_password = b"conrad", engine.connection.token.encode()
-        dealer.connect(engine.connection.endpoint)
-        newer = {**json.loads(bytes(encode(Hello())[0])), "v": PROTOCOL_VERSION + 1}
-        hello = json.dumps(newer).encode()
-        dealer.send_multipart([hello])
-        assert dealer.poll(60_000)
-        answer = json.loads(dealer.recv_multipart()[0])
-        assert answer["fields"]["code"] == "version" and "update the engine" in answer["fields"]["message"]
-    finally:
-        context.destroy(linger=0)
-
-
-def test_a_second_engine_on_the_same_folder_is_refused(engine):
-    with pytest.raises(RuntimeError, match="another engine uses the data folder"):
-        Engine(engine.folder)
-    assert (engine.folder / CONNECTION_FILE).exists(), "the second engine has removed the first one's connection file"
-
-
-def test_the_engine_ends_with_its_parent_and_at_shutdown(tmp_path):
-    parent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    engine = Engine(tmp_path / "data", parent_pid=parent.pid)
-    parent.kill()  # Not waited for: a dead process that nobody has collected is gone all the same.
-    assert engine.process.wait(WITHIN_S) == 0
-    parent.wait()
-    assert not (tmp_path / "data" / CONNECTION_FILE).exists()
-    engine = Engine(tmp_path / "data")
-    with engine.client() as client:
-        client.request(Shutdown())
-        assert engine.process.wait(WITHIN_S) == 0
-
-
-def test_the_engine_ends_when_idle(tmp_path):
-    assert Engine(tmp_path / "data", idle_timeout_s=0.3).process.wait(WITHIN_S) == 0
-
-
-@pytest.mark.slow
-def test_the_engine_does_not_end_while_it_works(tmp_path):
-    engine = Engine(tmp_path / "data", idle_timeout_s=0.5)
-    with engine.client() as client:
-        client.request(toy_job(steps=2500, behavior=SLOWLY))
-    time.sleep(FORGET_AFTER_S + 10)
-    assert engine.process.poll() is None, "nobody is connected, but a job is at work"
-    assert engine.process.wait(300) == 0
-
-
-def test_shutdown_keeps_the_running_job_for_the_next_start(tmp_path):
-    with running(tmp_path / "data") as engine, engine.client() as client:
-        job = toy_job(steps=80, behavior=json.dumps({"delay_s": 0.02, "checkpoint_every": 10_000}))
-        client.request(job)
-        until_step(client, job.job, 20)
-        assert engine.stop() == 0
-    with running(tmp_path / "data") as engine, engine.client() as client:
-        state = client.wait(job.job, WITHIN_S)
-        assert state.metrics["value"] == expected_value(80)
-        lines = (tmp_path / "data" / "worker-0.log").read_text()
-        assert "failed" not in lines
-
-
-def test_the_server_never_imports_what_is_heavy(tmp_path):
-    code = (
-        "import sys; import conrad_engine.cli as cli, conrad_engine.server.serve; cli.make_parser().parse_args(['serve']);"
-        "heavy = {'torch', 'numpy', 'PIL', 'conrad_engine.pipeline', 'conrad_engine.cameras'} & set(sys.modules);"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
 def test_the_welcome_says_who_is_there(client, engine):
     assert client.welcome.pid == engine.process.pid
     assert client.status.device == "toy: cpu" and client.status.guidances == ("embedded",)
     assert engine.connection.protocol == PROTOCOL_VERSION
-
-
-def test_only_loopback_is_bound(engine):
-    port = int(engine.connection.endpoint.rpartition(":")[2])
-    listening = [line.split() for line in open("/proc/net/tcp") if f":{port:04X} " in line and " 0A " in line]
-    assert listening and all(line[1].startswith("0100007F") for line in listening)
-    with socket.create_connection(("127.0.0.1", port), timeout=2):
-        pass
-    with pytest.raises(ProtocolError):
-        EngineClient(engine.connection.endpoint, engine.connection.token).send(Pause("x" * 9000))

@@ -25,9 +25,7 @@ from conrad_engine.protocol import (
     FAILED,
     FINAL_STATES,
     Cancel,
-    CurveKeys,
     EngineClient,
-    Error,
     Hello,
     Keep,
     Pause,
@@ -35,18 +33,14 @@ from conrad_engine.protocol import (
     RequestRefused,
     Resume,
     SetPreview,
-    Status,
     Welcome,
     encode,
 )
 from conrad_engine.server import store as store_module
 from conrad_engine.server.dispatch import CANCEL_LIMIT_S
 from conrad_engine.server.file_thread import FileThread
-from conrad_engine.server.gate import ServerKeys, check_address
 from conrad_engine.server.job_queue import Job
-from conrad_engine.server.keys import make_keys
 from conrad_engine.server.process import is_alive
-from conrad_engine.server.serve import Options, serve
 from conrad_engine.server.store import DiskFull, FolderInUse, Store
 from conrad_engine.server.workers import Workers
 
@@ -469,65 +463,6 @@ def saved_step(engine: Engine) -> int:
     """How far the only job is, as the next engine would read it."""
     with closing(sqlite3.connect(engine.folder / "jobs.sqlite")) as database:
         return json.loads(database.execute("SELECT body FROM jobs").fetchone()[0])["step"]
-
-
-@pytest.mark.parametrize("address", ["0.0.0.0", "192.168.1.5", "::"])
-def test_other_addresses_need_keys(address, tmp_path):
-    with pytest.raises(InputError, match="would let other machines send jobs unencrypted"):
-        serve(Options(tmp_path / "data", address=address))
-    assert not (tmp_path / "data").exists()
-    with pytest.raises(InputError, match="takes an IP address"):
-        check_address("example.org", None)
-
-
-@pytest.fixture
-def keys(tmp_path) -> Path:
-    make_keys(tmp_path / "keys", "alice")
-    make_keys(tmp_path / "keys", "bob")
-    return tmp_path / "keys"
-
-
-def test_keys_open_an_engine_and_nothing_else_does(tmp_path, keys):
-    server_key, alice, bob = keys / "server.key", keys / "alice.key_secret", keys / "bob.key_secret"
-    (keys / "clients" / "bob.key").unlink()
-    code = (
-        "import sys; from pathlib import Path; from conrad_engine.server.serve import *;"
-        "serve(Options(Path(sys.argv[1]), '0.0.0.0', keys=Path(sys.argv[2]), devices=('cpu',), pipeline='tests.toy_pipeline'))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "data"), str(keys)],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    try:
-        announced = json.loads(process.stdout.readline())
-        assert announced["token"] == "" and announced["endpoint"].startswith("tcp://0.0.0.0:")
-        endpoint = announced["endpoint"].replace("0.0.0.0", "127.0.0.1")
-        with EngineClient(endpoint, keys=CurveKeys.load(server_key, alice)) as client:
-            assert isinstance(client.request(Ping(), WITHIN_S), Status)
-        with EngineClient(endpoint, keys=CurveKeys.load(server_key, bob)) as client:
-            until(client, lambda: client.state == "refused")
-        for wrong in (
-            EngineClient(endpoint, "guess"),
-            EngineClient(endpoint, keys=CurveKeys.load(keys / "bob.key_secret", alice)),
-        ):
-            with wrong:
-                assert not [m for m in wrong.poll(1.0) + wrong.poll(0.5) if not isinstance(m, Error)]
-                assert wrong.state in ("connecting", "refused")
-    finally:
-        process.terminate()
-        process.wait(WITHIN_S)
-
-
-def test_key_files_are_private_and_checked(keys, tmp_path):
-    assert (keys / "server.key_secret").stat().st_mode & 0o077 == 0
-    assert len(ServerKeys.load(keys).clients) == 2
-    with pytest.raises(InputError, match="make keys with"):
-        ServerKeys.load(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="a client's name has"):
-        make_keys(keys, "../x")
-    former = (keys / "server.key").read_bytes()
-    make_keys(keys, "carol")
-    assert (keys / "server.key").read_bytes() == former
 
 
 def test_progress_and_previews_wait_for_the_reader(tmp_path):

@@ -8,22 +8,9 @@ import pytest
 
 from conrad_engine.protocol import Array, Cancel, ElevationGuess, FreeMemory, GuessElevation, RequestRefused
 
-from .engine_process import picture, running, toy_job, until, until_step
+from .engine_process import picture, toy_job, until, until_step
 
 SLOWLY = json.dumps({"delay_s": 0.02})
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("engine") / "data") as engine:
-        yield engine
-
-
-@pytest.fixture
-def client(engine):
-    with engine.client() as client:
-        until(client, lambda: client.state == "ready" and client.status)
-        yield client
 
 
 def ask(client, **fields) -> ElevationGuess:

@@ -53,7 +53,7 @@ def write_glb(mesh: TexturedMesh, path: Path, name: str = "object") -> None:
 def glb_bytes(mesh: TexturedMesh, name: str = "object") -> bytes:
     import trimesh  # a third of a second, which a job has while other threads draw
 
-    image = Image.open(io.BytesIO(png_bytes(mesh.texture)))
+    image = Image.fromarray(mesh.texture)
     material = trimesh.visual.material.PBRMaterial(
         name=name, baseColorTexture=image, metallicFactor=0.0, roughnessFactor=ROUGHNESS, doubleSided=False
     )
