@@ -290,25 +290,6 @@ def test_a_step_follows_the_gradient_and_leaves_bad_ones_out(tmp_path):
     assert all((m <= 0).all() for m, b in zip(moved, before) if (b == 0).all())  # without decay: straight downhill
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_captured_gradients_equal_those_of_the_same_call(tmp_path):
-    trainer = train.Trainer(train.parse([*train_arguments(tmp_path, tmp_path, 1.0), "--unit", "2"]), train.Workers())
-    torch.nn.init.normal_(trainer.net.leave[-1].weight, std=0.02)
-    views = batches.ViewStore.blank(trainer.device, n_objects=8)
-    views.rounds[0].views.random_(0, 255)
-    for _ in range(5):
-        trainer.backward(views)
-    assert trainer.graphed.is_captured
-    batch, t = views.batch(trainer.layout), train.draw_times(2, trainer.device)
-    noise = torch.randn_like(batch.targets)
-    captured = trainer.graphed(batch, t, noise).clone()
-    gradients = trainer.gradients.clone()
-    plain = trainer._gradients(batch, t, noise)
-    torch.testing.assert_close(captured, plain, rtol=1e-3, atol=1e-5)
-    assert float((gradients - trainer.gradients).norm() / trainer.gradients.norm()) < 1e-2
-
-
 # Scores
 
 

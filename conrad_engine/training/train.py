@@ -23,9 +23,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from ..graphs import GraphedStep
 from ..guidance.embedded.sampling import ConditionedPrior
-from ..guidance.embedded.unet import Group, Layout, Reference, ViewPrior, alpha_sigma
+from ..guidance.embedded.unet import Group, Layout, ViewPrior, alpha_sigma
 from ..guidance.embedded.weights import load, to_bytes
 from .batches import Batch, ViewStore
 from .descent import Descent
@@ -173,8 +172,6 @@ class Trainer(Descent):
         self.compiled = self.net
         if options.compile != "none":
             self.compiled = torch.compile(self.net, dynamic=False, fullgraph=True, backend=options.compile)
-        # Hundreds of small kernels: the processor that launches them would be the limit.
-        self.graphed = GraphedStep(self._gradients, self.device)
         self.checkpoint = options.state / "checkpoint.pt"
 
     def resume(self) -> None:
@@ -188,14 +185,8 @@ class Trainer(Descent):
     def backward(self, views: ViewStore) -> Tensor:
         """Gradients of one batch into the buffer; returns the mean weighted error of the three groups of the layout."""
         batch, t = views.batch(self.layout), draw_times(self.options.unit, self.device)
-        return self.graphed(batch, t, torch.randn_like(batch.targets)).clone()
-
-    def _gradients(self, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
-        """`backward` as a function of tensors alone; what is captured gets the batch as plain tuples."""
-        targets, cameras, picture, reference = batch
-        batch = Batch(targets, cameras, picture, Reference(*reference))
         with self.cast:
-            errors = v_errors(self.compiled, batch, t, noise, self.layout)
+            errors = v_errors(self.compiled, batch, t, torch.randn_like(batch.targets), self.layout)
         weighted = errors * loss_weights(t)
         self.gradients.zero_()
         weighted.mean().backward()

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..graphs import GraphedStep
 from ..guidance.embedded.detail import (
     PICTURE_SIZE,
     WIDTHS,
@@ -222,18 +221,13 @@ class Trainer(Descent):
         self.compiled = self.net
         if options.compile != "none":
             self.compiled = torch.compile(self.net, dynamic=False, fullgraph=True, backend=options.compile)
-        self.graphed = GraphedStep(self._gradients, device)
 
     def backward(self, store: ViewStore) -> Tensor:
         """Gradients of one batch into the buffer; returns the weighted errors of its halves, the prior's first."""
         batch = self.degrader.batch(store, self.options.references)
         t = stratified(len(batch.targets), self.device)
-        return self.graphed(batch, t, torch.randn_like(batch.targets[:, :3])).clone()
-
-    def _gradients(self, batch: DetailBatch, t: Tensor, noise: Tensor) -> Tensor:
-        """`backward` as a function of tensors alone; what is captured gets the batch as a plain tuple."""
         with self.cast:
-            sums, counts = v_errors(self.compiled, DetailBatch(*batch), t, noise)
+            sums, counts = v_errors(self.compiled, batch, t, torch.randn_like(batch.targets[:, :3]))
         weighted = sums * loss_weights(t)
         self.gradients.zero_()
         (weighted.sum() / counts.sum().clamp(min=1)).backward()
