@@ -169,6 +169,10 @@ class OptimizeConfig:
     distillation."""
     warm_start_sampling: int = 20
     """Denoising steps of these views."""
+    warm_start_drafts: int = 2
+    """Draws of noise that agree on their layout first: with more of them the object is likelier, and it takes longer."""
+    warm_start_temperature: float = 0.8
+    """Width of that noise, 0 to 1: below 1 the object is likelier, too, and plainer."""
     warm_start_steps: int = 120
     """Optimisation steps on these views."""
     carve: bool = True
@@ -215,6 +219,10 @@ class OptimizeConfig:
         _check(
             self.fine_steps == 0 or (self.fine_steps > 0 and self.n_steps > 0),
             f"optimize.fine_steps must be 0 or more, and needs optimize.n_steps before it, not {self.fine_steps}",
+        )
+        _check(
+            self.warm_start_drafts >= 1 and 0 <= self.warm_start_temperature <= 1,
+            "optimize.warm_start_drafts must be at least 1, and optimize.warm_start_temperature between 0 and 1",
         )
         _check(self.capture in ("auto", "off"), f"unknown capture {self.capture!r}: use auto or off")
         _check(
@@ -298,14 +306,23 @@ def _preset(name: str, steps: OptimizeConfig, volume: FieldConfig, mesh: MeshCon
 PRESETS: dict[str, PipelineConfig] = {
     "draft": _preset(
         "draft",
-        OptimizeConfig(warm_start_views=8, warm_start_sampling=12, warm_start_steps=80, n_steps=80, n_views=1),
+        OptimizeConfig(
+            warm_start_views=8, warm_start_sampling=12, warm_start_drafts=1, warm_start_steps=80, n_steps=80, n_views=1
+        ),
         FieldConfig(resolution=64, coarsest=8),
         MeshConfig(resolution=128, n_faces=20_000, texture_size=1024, detail_views=5),
     ),
     "standard": PipelineConfig(),
     "fine": _preset(
         "fine",
-        OptimizeConfig(warm_start_views=16, warm_start_sampling=32, warm_start_steps=250, n_steps=500, n_views=4),
+        OptimizeConfig(
+            warm_start_views=16,
+            warm_start_sampling=32,
+            warm_start_drafts=4,
+            warm_start_steps=250,
+            n_steps=500,
+            n_views=4,
+        ),
         FieldConfig(resolution=128, coarsest=16),
         MeshConfig(resolution=256, n_faces=100_000, texture_size=2048, detail_views=14, detail_steps=12),
     ),

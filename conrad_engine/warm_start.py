@@ -71,6 +71,8 @@ def sample_warm_start(
             cameras,
             n_steps=settings.warm_start_sampling,
             generator=torch.Generator(state.device).manual_seed(config.seed),
+            n_drafts=settings.warm_start_drafts,
+            temperature=settings.warm_start_temperature,
             on_step=lambda k: _sampling_step(k, settings.warm_start_sampling, monitor),
         )
         border = torch.cat([state.sampled[:, 3, :, :1], state.sampled[:, 3, :, -1:]], -1)

@@ -18,7 +18,7 @@ from conrad_engine.config import HALF_FRAME, EmbeddedPriorConfig
 from conrad_engine.errors import Cancelled, GuidanceError
 from conrad_engine.guidance.embedded.prior import EmbeddedPrior, camera_rows
 from conrad_engine.guidance.embedded.sampling import ConditionedPrior
-from conrad_engine.guidance.embedded.unet import ARCHITECTURE, Group, Reference, ViewPrior, ray_directions
+from conrad_engine.guidance.embedded.unet import ARCHITECTURE, Group, Reference, ViewPrior, alpha_sigma, ray_directions
 from conrad_engine.guidance.embedded.weights import load, load_for_use, shipped_path, to_bytes
 from conrad_engine.guidance.interfaces import ReferencePicture
 
@@ -159,6 +159,29 @@ def test_known_views_steer_the_others_and_are_not_returned(config):
     steered = prior.sample_views(cameras, 2, generator=seeded(), known=(known, orbit([250])))
     assert steered.shape == free.shape
     assert (steered - free).abs().max() > 1e-3
+
+
+def test_drafts_share_their_mean_first_and_the_first_goes_on_alone(config):
+    prior, cameras, n_steps = ready(config), orbit([70, 160]), 4
+    drawn = prior.sample_views(cameras, n_steps, scale=1.0, generator=seeded(), n_drafts=2, temperature=0.5)
+    drafts = 0.5 * torch.randn(2, 2, 4, 64, 64, generator=seeded())
+    rows = camera_rows(cameras)
+    for time, later, n in ((1.0, 0.75, 2), (0.75, 0.5, 2), (0.5, 0.25, 1), (0.25, 0.0, 1)):  # alone from 0.6 on
+        (alpha, sigma), (next_alpha, next_sigma) = (alpha_sigma(torch.tensor([t])) for t in (time, later))
+        t = torch.full((2,), time)
+        cleans = [prior._conditioned.denoised(x, t, rows, scale=1.0, is_joint=True) for x in drafts[:n]]
+        mean = sum(cleans) / n
+        drafts = torch.stack(
+            [next_alpha * mean + next_sigma * (x - alpha * clean) / sigma for x, clean in zip(drafts, cleans)]
+        )
+    assert torch.allclose(drawn, (mean + 1) / 2, atol=1e-4)
+
+
+def test_one_draft_is_the_plain_sample(config):
+    prior, cameras = ready(config), orbit([70, 160])
+    plain = prior.sample_views(cameras, 2, generator=seeded())
+    assert torch.equal(prior.sample_views(cameras, 2, generator=seeded(), n_drafts=1, temperature=1.0), plain)
+    assert not torch.equal(prior.sample_views(cameras, 2, generator=seeded(), temperature=0.8), plain)
 
 
 def test_azimuths_count_from_the_reference_camera(config):

@@ -145,11 +145,15 @@ LATENT_JOBS = (
 )
 
 
+N_CACHING_STEPS = 20
+"""Steps of a job that is run only to fill the compiler's cache; a step is compiled and captured in the first few."""
+
+
 def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
     """The same for latent priors of the published sizes, read from disk; the files are in the system's cache by then.
 
     Args:
-        compiles: Compile the networks of jobs that can gain from it, and run those twice.
+        compiles: Compile the networks of jobs that can gain from it; a short job fills the compiler's cache first.
     """
     report.begin(
         "asset, latent priors",
@@ -161,17 +165,15 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
         for job in LATENT_JOBS:
             n_steps = 4 if report.is_small else job.n_steps
             is_compiled = compiles and job.can_gain
-            label = f"{job.name}, {n_steps} steps, {job.n_views} views" + (", compiled" if is_compiled else "")
             try:
                 model = job.write(Path(folder) / job.guidance, report.device, report.is_small)
             except (ConradError, ImportError, OSError) as error:
-                report.add(Row(label, error=str(error)))
+                report.add(Row(job.name, error=str(error)))
                 continue
             settings = {
                 "guidance.model": model,
                 "guidance.strength": 0.01,
                 "guidance.weights.compile": is_compiled,
-                "optimize.n_steps": n_steps,
                 "optimize.n_views": job.n_views,
             }
             if not report.is_small:
@@ -181,8 +183,13 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
                 options += ["--set", f"{key}={value}"]
             preset = "draft" if report.is_small else "standard"
             device, n_threads = report.device.type, torch.get_num_threads()
-            for _ in range(2 if is_compiled else 1):  # the second one finds what the first compiled
-                report.add(job_row(label, run_job(picture, preset, device, n_threads, options=tuple(options))))
+            caching = [min(n_steps, N_CACHING_STEPS)] if is_compiled else []
+            for n in [*caching, n_steps]:
+                figures = run_job(
+                    picture, preset, device, n_threads, options=(*options, "--set", f"optimize.n_steps={n}")
+                )
+                label = f"{job.name}, {n} steps, {job.n_views} views"
+                report.add(job_row(label + (", compiled" if is_compiled else ""), figures))
 
 
 def job_row(name: str, figures: JobFigures) -> Row:

@@ -113,8 +113,15 @@ class ViewSampler(Protocol):
         *,
         generator: torch.Generator | None,
         on_step: Callable[[int], None] | None,
+        n_drafts: int,
+        temperature: float,
     ) -> Float[Tensor, "n 4 size size"]:
-        """Views from pure noise, premultiplied RGBA in [0, 1]; `on_step` hears of each denoising step and may raise to stop."""
+        """Views from noise, premultiplied RGBA in [0, 1]; `on_step` hears of each denoising step and may raise to stop.
+
+        Args:
+            n_drafts: Draws of noise that agree on the layout.
+            temperature: Width of the noise.
+        """
 
 
 @dataclass(frozen=True)
