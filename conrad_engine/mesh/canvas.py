@@ -15,7 +15,7 @@ from ..cameras import Camera
 from ..config import MeshConfig
 from .bake import Photo, as_texture, sample_picture, seen_by_photos, surface_texels, texel_length, visibility
 from .mesh import TexturedMesh
-from .raster import rasterize, sample_texture
+from .raster import rasterize, reduced, sample_texture
 from .unwrap import UnwrappedMesh
 
 SUPERSAMPLE = 3
@@ -52,7 +52,7 @@ class Canvas:
         samples = np.zeros((*found.shape, 5), np.float32)
         samples[found, :4] = sample_texture(self._table(), fragments.interpolate(self.mesh.faces, self.mesh.uvs)[found])
         samples[found, 4] = 1
-        mean = samples.reshape(camera.height, n, camera.width, n, 5).mean((1, 3))
+        mean = reduced(samples, n) / np.float32(n * n)
         alpha = mean[..., 4:]
         mean = mean[..., :4] / np.maximum(alpha, 1e-6)
         return np.concatenate([mean[..., :3], alpha], -1), ((mean[..., 3] > FINAL_SHARE) & (alpha[..., 0] > 0)) * 1.0
