@@ -14,7 +14,7 @@ from jaxtyping import Float
 from ..cameras import Camera
 from ..config import MeshConfig
 from .bake import Photo, as_texture, sample_picture, seen_by_photos, surface_texels, texel_length, visibility
-from .mesh import TexturedMesh
+from .mesh import TexturedMesh, dots, lengths
 from .raster import rasterize, reduced, sample_texture
 from .unwrap import UnwrappedMesh
 
@@ -71,7 +71,7 @@ class Canvas:
         photo = Photo(camera, rgb, np.ones(rgb.shape[:2], np.float32))
         weight, uv = visibility(self.shape, positions, normals, photo, self.config, Z_BUFFER)
         toward = camera.positions.numpy() - positions
-        facing = (normals * toward).sum(1) / np.linalg.norm(toward, axis=1)
+        facing = dots(normals, toward) / lengths(toward)
         low, high = FACING_RANGE
         ramp = np.clip((facing - low) / (high - low), 0, 1)
         weight = (weight * ramp * ramp * (3 - 2 * ramp)).astype(np.float32)

@@ -39,8 +39,8 @@ class Fragments:
         """Values of vertices (n_vertices, c) at the pixels: (height, width, c), 0 where nothing is."""
         found = self.faces >= 0
         result = np.zeros((*self.faces.shape, values.shape[1]), np.float32)
-        corners = values[faces[self.faces[found]]]
-        result[found] = (corners * self.barycentric[found][..., None]).sum(1)
+        corners, weights = faces[self.faces[found]], self.barycentric[found]
+        result[found] = sum(weights[:, k, None] * values[corners[:, k]] for k in range(3))
         return result
 
 
