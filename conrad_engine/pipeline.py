@@ -33,7 +33,7 @@ from .config import (
     to_json,
 )
 from .constraint import ConstrainedField, ReferenceView, reference_view
-from .device import resolve_device, set_threads
+from .device import resolve_device, set_threads, wake
 from .elevation import ElevationGuess, guess_elevation
 from .elevation import elevation_of_picture as elevation_of_picture  # a question that workers pass on to us
 from .errors import Cancelled, InputError
@@ -114,6 +114,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
     folder = make_folder(Path(folder))
     config, started = job.config, time.monotonic()
     device = resolve_device(config.device)
+    wake(device)
     n_threads = set_threads(config.threads)
     torch.set_float32_matmul_precision("high")  # the field's networks on a GPU's tensor cores
     with _log_file(folder):

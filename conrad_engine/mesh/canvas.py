@@ -50,15 +50,14 @@ class Canvas:
         fragments = rasterize(self.mesh.vertices, self.mesh.faces, camera.resized(camera.width * n, camera.height * n))
         found = fragments.faces >= 0
         samples = np.zeros((*found.shape, 5), np.float32)
-        samples[found, :4] = sample_texture(self._table(), fragments.interpolate(self.mesh.faces, self.mesh.uvs)[found])
+        uvs = fragments.interpolate(self.mesh.faces, self.mesh.uvs)[found]
+        palette = np.concatenate([self.colors, self.final[:, None]], 1)
+        samples[found, :4] = sample_texture(self.texels.nearest, uvs, palette)
         samples[found, 4] = 1
         mean = reduced(samples, n) / np.float32(n * n)
         alpha = mean[..., 4:]
         mean = mean[..., :4] / np.maximum(alpha, 1e-6)
         return np.concatenate([mean[..., :3], alpha], -1), ((mean[..., 3] > FINAL_SHARE) & (alpha[..., 0] > 0)) * 1.0
-
-    def _table(self) -> Float[np.ndarray, "size size 4"]:
-        return np.concatenate([self.colors, self.final[:, None]], 1)[self.texels.nearest]
 
     def paint(self, camera: Camera, rgb: Float[np.ndarray, "h w 3"]) -> None:
         """Put a picture on the texels that its camera sees well and that are not final.

@@ -158,16 +158,21 @@ def _covered(boxes: _Boxes) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
         first = last
 
 
-def sample_texture(texture: np.ndarray, uvs: np.ndarray) -> np.ndarray:
-    """Bilinear look-up: texture (height, width, c) with row 0 on top, uvs (n, 2) with v upward; float32 (n, c)."""
+def sample_texture(texture: np.ndarray, uvs: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
+    """Bilinear look-up: texture (height, width, c) with row 0 on top, uvs (n, 2) with v upward; float32 (n, c).
+
+    Args:
+        palette: (k, c) if the texture (height, width) holds numbers of its rows.
+    """
+    at = lambda y, x: texture[y, x] if palette is None else palette[texture[y, x]]  # noqa: E731
     height, width = texture.shape[:2]
     x = np.clip(uvs[:, 0] * width - 0.5, 0, width - 1)
     y = np.clip((1 - uvs[:, 1]) * height - 0.5, 0, height - 1)
     x0, y0 = np.minimum(x.astype(np.int64), max(width - 2, 0)), np.minimum(y.astype(np.int64), max(height - 2, 0))
     x1, y1 = np.minimum(x0 + 1, width - 1), np.minimum(y0 + 1, height - 1)
     fx, fy = (x - x0)[:, None].astype(np.float32), (y - y0)[:, None].astype(np.float32)
-    top = texture[y0, x0] * (1 - fx) + texture[y0, x1] * fx
-    bottom = texture[y1, x0] * (1 - fx) + texture[y1, x1] * fx
+    top = at(y0, x0) * (1 - fx) + at(y0, x1) * fx
+    bottom = at(y1, x0) * (1 - fx) + at(y1, x1) * fx
     return (top * (1 - fy) + bottom * fy).astype(np.float32)
 
 
