@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -102,7 +103,9 @@ def finish(
         # Much of what follows keeps a single core busy; meanwhile the others do what does not wait for it.
         threads.submit(load_writer)
         model = threads.submit(DetailModel, device, config.mesh.detail_weights) if n_views else None
-        field_pictures = threads.submit(render_field, state, full, seen, config, is_stopped)
+        show_field = partial(threads.submit, render_field, state, full, seen, config, is_stopped)
+        # On a GPU it is short and only takes turns with what leads to the GLB.
+        field_pictures = show_field() if device.type == "cpu" else None
         at_stoppable("surface")
         mesh, level = surface_mesh(full, view, initial, config.mesh)
         at_stoppable("texture")
@@ -115,6 +118,7 @@ def finish(
         setup = _world_setup(frame, to_world, textured.vertices)
         moved = _moved(textured, to_world)
         write_glb(moved, folder / "mesh.glb", name)  # before anything competes with it: it is what is waited for
+        field_pictures = field_pictures or show_field()
         files = threads.submit(write_other_files, moved, folder, name)
         drawing = start_drawing(threads, moved, setup, frame, seen.camera, config.mesh, folder)
         write_json(folder / "camera.json", setup.to_json())
