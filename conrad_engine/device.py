@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from threading import Thread
 
 import torch
 
@@ -37,3 +38,9 @@ def set_threads(n_threads: int) -> int:
     count = n_threads or min(cores, MAX_THREADS)
     torch.set_num_threads(count)
     return count
+
+
+def wake(device: torch.device) -> None:
+    """Let a thread make a GPU's context, which takes a third of a second, while the caller reads its picture."""
+    if device.type == "cuda":
+        Thread(target=torch.zeros, args=(1,), kwargs={"device": device}, daemon=True).start()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ from .guidance.interfaces import ReferencePicture
 from .mesh.bake import Photo, bake_texture
 from .mesh.clean import clean_mesh
 from .mesh.extract import SurfaceView, extract_mesh
-from .mesh.glb import write_glb, write_obj, write_ply, write_texture
+from .mesh.glb import load_writer, write_glb, write_obj, write_ply, write_texture
 from .mesh.mesh import Mesh, TexturedMesh
 from .mesh.raster import render_mesh, render_with_depth
 from .mesh.unwrap import unwrap
@@ -77,7 +80,9 @@ def finish(
 
     Raises:
         MeshError: The field has no surface.
+        GuidanceError: The detail model's weights are missing or damaged.
         InputError: A file cannot be written.
+        Cancelled: The monitor asked for it.
     """
     device = state.field.aabb.device
     n_views = config.mesh.detail_views if has_detail_stage(full, config.mesh) else 0
@@ -88,26 +93,33 @@ def finish(
         began.setdefault("detail" if step.startswith("view") else step, time.monotonic())
         monitor.progress(Progress("mesh", steps.index(step), len(steps), None, {}, memory_bytes(device)))
 
-    def at_view(index: int) -> None:
-        at(f"view {index}")
+    def at_stoppable(step: str) -> None:
+        at(step)
         if monitor.command() is Command.CANCEL:
-            raise Cancelled("cancelled while detail was drawn")
+            raise Cancelled("cancelled while the mesh was made")
 
     seen = view.resized(MEASURED_PICTURE)
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        # Much of what follows keeps a single core busy; meanwhile the others render what only the measures wait for.
-        field_pictures = threads.submit(render_field, state, full, seen, config)
-        at("surface")
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads, _set_on_error(Event()) as is_stopped:
+        # Much of what follows keeps a single core busy; meanwhile the others do what does not wait for it.
+        threads.submit(load_writer)
+        model = threads.submit(DetailModel, device, config.mesh.detail_weights) if n_views else None
+        show_field = partial(threads.submit, render_field, state, full, seen, config, is_stopped)
+        # On a GPU it is short and only takes turns with what leads to the GLB.
+        field_pictures = show_field() if device.type == "cpu" else None
+        at_stoppable("surface")
         mesh, level = surface_mesh(full, view, initial, config.mesh)
-        at("texture")
+        at_stoppable("texture")
         textured = texture_mesh(full, view, mesh, config.mesh)
-        if n_views:
-            textured = with_detail(textured, view, prepared, frame, config, device, at_view)
+        if model is not None:
+            on_view = lambda index: at_stoppable(f"view {index}")  # noqa: E731
+            textured = with_detail(textured, view, prepared, frame, config, model.result(), on_view)
         at("files")
         to_world = final_similarity(frame, textured.vertices)
         setup = _world_setup(frame, to_world, textured.vertices)
         moved = _moved(textured, to_world)
-        files = threads.submit(write_files, moved, folder, name)
+        write_glb(moved, folder / "mesh.glb", name)  # before anything competes with it: it is what is waited for
+        field_pictures = field_pictures or show_field()
+        files = threads.submit(write_other_files, moved, folder, name)
         drawing = start_drawing(threads, moved, setup, frame, seen.camera, config.mesh, folder)
         write_json(folder / "camera.json", setup.to_json())
         trained, field_picture = field_pictures.result()
@@ -123,6 +135,16 @@ def finish(
     ends = [*began.values(), time.monotonic()][1:]
     numbers["seconds_of_finish"] = {part: round(end - start, 2) for (part, start), end in zip(began.items(), ends)}
     return Finished(moved, setup, numbers)
+
+
+@contextmanager
+def _set_on_error(event: Event) -> Iterator[Event]:
+    """Tells threads that nobody waits for what they do any more."""
+    try:
+        yield event
+    except BaseException:
+        event.set()
+        raise
 
 
 def surface_mesh(
@@ -173,17 +195,12 @@ def with_detail(
     prepared: PreparedPicture,
     frame: Frame,
     config: PipelineConfig,
-    device: torch.device,
+    model: DetailModel,
     on_view: Callable[[int], None],
 ) -> TexturedMesh:
-    """The mesh in the object frame with detail drawn where the picture does not show it; see `redraw`.
-
-    Raises:
-        GuidanceError: The detail model's weights are missing or damaged.
-    """
+    """The mesh in the object frame with detail drawn where the picture does not show it; see `redraw`."""
     picture = condition_picture(prepared.rgb, prepared.mask, frame)
     reference = ReferencePicture(picture, frame.condition.to(dtype=torch.float32))
-    model = DetailModel(device, config.mesh.detail_weights)
     return redraw_texture(mesh, [photo_of(view)], reference, config.mesh, model, config.seed, on_view)
 
 
@@ -216,14 +233,23 @@ def _world_setup(frame: Frame, to_world: Similarity, vertices: np.ndarray) -> Ca
 
 
 def render_field(
-    state: State, full: ConstrainedField, seen: ReferenceView, config: PipelineConfig
+    state: State, full: ConstrainedField, seen: ReferenceView, config: PipelineConfig, is_stopped: Event
 ) -> tuple[Picture, Picture]:
-    """The field from the reference camera: at the size of the training picture, and with the full one at the size of `seen`."""
+    """The field from the reference camera: at the size of the training picture, and with the full one at the size of `seen`.
+
+    Raises:
+        Cancelled: `is_stopped` was set meanwhile.
+    """
+
+    def check() -> None:
+        if is_stopped.is_set():
+            raise Cancelled("nobody waits for the field's pictures")
+
     device = state.field.aabb.device
     settings = FIELD_SAMPLES, state.occupancy, min(FIELD_POINTS, config.render.max_points)
     camera = state.constrained.views[0].picture.to(device).camera
-    trained = render_picture(state.constrained, camera, *settings)
-    return trained, render_picture(full, seen.to(device).camera, *settings, with_normals=True)
+    trained = render_picture(state.constrained, camera, *settings, on_chunk=check)
+    return trained, render_picture(full, seen.to(device).camera, *settings, with_normals=True, on_chunk=check)
 
 
 def reference_measures(
@@ -263,8 +289,8 @@ def back_measures(mesh: TexturedMesh, view: ReferenceView) -> dict[str, float | 
     return measure.print_through(rendered, measure.printed_through(picture, seen.camera, back, z_depths))
 
 
-def write_files(mesh: TexturedMesh, folder: Path, name: str) -> None:
-    write_glb(mesh, folder / "mesh.glb", name)
+def write_other_files(mesh: TexturedMesh, folder: Path, name: str) -> None:
+    """The mesh in other forms than GLB, and its texture alone."""
     write_obj(mesh, folder / "mesh.obj", name)
     write_ply(mesh, folder / "mesh.ply")
     write_texture(mesh.texture, folder / "texture.png")

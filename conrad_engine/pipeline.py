@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from .config import (
     to_json,
 )
 from .constraint import ConstrainedField, ReferenceView, reference_view
-from .device import resolve_device, set_threads
+from .device import resolve_device, set_threads, wake
 from .elevation import ElevationGuess, guess_elevation
 from .elevation import elevation_of_picture as elevation_of_picture  # a question that workers pass on to us
 from .errors import Cancelled, InputError
@@ -43,7 +44,7 @@ from .finish import Finished, finish
 from .guidance import make_guidance, make_likeness
 from .guidance.embedded.prior import EmbeddedPrior
 from .guidance.interfaces import Priors, ReferencePicture, ViewSampler
-from .mesh.glb import load_mesh
+from .mesh.glb import load_mesh, load_writer
 from .mesh.mesh import Mesh
 from .mesh.occupancy import signed_distance_grid
 from .monitor import Command, Monitor, Progress
@@ -114,6 +115,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
     folder = make_folder(Path(folder))
     config, started = job.config, time.monotonic()
     device = resolve_device(config.device)
+    wake(device)
     n_threads = set_threads(config.threads)
     torch.set_float32_matmul_precision("high")  # the field's networks on a GPU's tensor cores
     with _log_file(folder):
@@ -136,6 +138,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
                 save(state)
+            Thread(target=load_writer, daemon=True).start()  # while the optimisation waits for its device
             with helped(config.optimize.n_gpus, device, help_optimize, job, folder) as ranks:
                 optimize(state, priors, frame.condition, config, monitor, save, show, ranks)
         seconds["optimize"] = time.monotonic() - started - sum(seconds.values())

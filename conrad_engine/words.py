@@ -17,11 +17,11 @@ from .config import HALF_FRAME, PictureConfig, PipelineConfig, StableDiffusionCo
 from .errors import InputError
 from .evaluation.geometry import topology
 from .files import write_json
-from .finish import Finished, surface_color, write_files
+from .finish import Finished, surface_color, write_other_files
 from .mesh.bake import bake_texture
 from .mesh.clean import clean_mesh
 from .mesh.extract import extract_mesh
-from .mesh.glb import write_texture
+from .mesh.glb import write_glb, write_texture
 from .mesh.mesh import TexturedMesh
 from .mesh.raster import render_mesh
 from .mesh.unwrap import unwrap
@@ -88,7 +88,8 @@ def finish_words(
     vertices = to_world.points(torch.from_numpy(textured.vertices).double())
     textured = replace(textured, vertices=vertices.float().numpy())
     at(2)
-    write_files(textured, folder, name)
+    write_glb(textured, folder / "mesh.glb", name)
+    write_other_files(textured, folder, name)
     low, high = vertices.amin(0), vertices.amax(0)
     setup = CameraSetup(to_world.camera(frame.camera), (low + high) / 2, float((high - low).max()))
     write_json(folder / "camera.json", setup.to_json())

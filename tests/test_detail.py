@@ -94,6 +94,21 @@ def test_sampling_is_repeatable_and_knows_noise_camera_and_reference():
     assert not torch.equal(first, other.sample(view, CAMERAS, 2, torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_sampling_draws_the_same():
+    device = torch.device("cuda")
+    net, cast = tiny_net().to(device), torch.autocast("cuda", enabled=False)
+    model = lambda: detail.ConditionedDetail(net, discs(1).to(device) * 2 - 1, REFERENCE.to(device), cast)  # noqa: E731
+    captured, plain = model(), model()
+    plain._graphed.disable()
+    for size, seed in ((32, 0), (32, 1), (48, 2)):
+        view, cameras = half_final(size).to(device), CAMERAS.to(device)
+        one, other = (m.sample(view, cameras, 4, torch.Generator().manual_seed(seed)).cpu() for m in (captured, plain))
+        assert torch.allclose(one, other, atol=1e-3), (size, seed)
+    assert captured._graphed.is_captured
+
+
 def test_a_dropped_reference_tells_nothing():
     net, absent = tiny_net(), torch.zeros(1)
     for pictures in (discs(2)[:1], discs(2)[1:]):

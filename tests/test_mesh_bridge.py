@@ -6,7 +6,7 @@ import numpy as np
 from scipy.ndimage import label
 
 from conrad_engine.cameras import orbit_camera
-from conrad_engine.mesh.bridge import ANY_NEIGHBOR, join_parts
+from conrad_engine.mesh.bridge import ANY_NEIGHBOR, MAX_GAP, join_parts
 
 LOW, CELL, N = np.array([-1.0, -1, -1]), 2 / 47, 48
 CAMERA = orbit_camera(0.0, 0.0, 4.0, math.radians(40), 200)
@@ -29,7 +29,7 @@ def test_a_ball_above_the_body_is_tied_to_it():
     body, head = ball([0, 0, -0.3], 0.5), ball([0, 0, 0.45], 0.12)
     values = np.maximum(body, head)
     assert n_parts(values) == 2
-    joined = join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA])
+    joined = join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA], MAX_GAP * N)
     assert n_parts(joined) == 1
     added = (joined > 0) & (values <= 0)
     x, y, z = grid_points()[added].T
@@ -38,22 +38,22 @@ def test_a_ball_above_the_body_is_tied_to_it():
 
 def test_a_floater_hidden_behind_the_body_stays_apart():
     values = np.maximum(ball([0, -0.3, 0], 0.5), ball([0, 0.6, 0], 0.12))
-    assert n_parts(join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA])) == 2
+    assert n_parts(join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA], MAX_GAP * N)) == 2
 
 
 def test_rods_end_at_the_silhouette():
     values = np.maximum(ball([-0.5, 0, 0], 0.3), ball([0.5, 0, 0], 0.3))
     hull = np.where(np.abs(grid_points()[..., 0]) < 0.08, -1.0, 1.0)
-    joined = join_parts(values, hull, CELL, LOW, [CAMERA])
+    joined = join_parts(values, hull, CELL, LOW, [CAMERA], MAX_GAP * N)
     assert n_parts(joined) == 2 and joined[hull < 0].max() < 0
 
 
 def test_dust_and_far_parts_are_left():
     values = np.maximum(ball([0, 0, -0.6], 0.3), ball([0, 0, 0.85], 0.1))
     values[4, 4, 40] = 0.01
-    assert n_parts(join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA])) == 3
+    assert n_parts(join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA], MAX_GAP * N)) == 3
 
 
 def test_one_part_is_returned_as_it_is():
     values = ball([0, 0, 0], 0.5)
-    assert join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA]) is values
+    assert join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA], MAX_GAP * N) is values

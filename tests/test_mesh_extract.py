@@ -6,6 +6,7 @@ import torch
 
 from conrad_engine.config import MeshConfig
 from conrad_engine.errors import MeshError
+from conrad_engine.mesh import extract
 from conrad_engine.mesh.clean import clean_mesh, keep_components
 from conrad_engine.mesh.extract import BLIND_LEVEL, SurfaceView, extract_mesh
 from conrad_engine.mesh.outline import silhouette
@@ -69,6 +70,18 @@ def test_part_that_the_field_lacks_grows_out_of_the_surface():
     assert kept.vertices[:, 2].max() > 0.66
     tip = kept.vertices[kept.vertices[:, 2] > 0.5]
     assert np.ptp(tip[:, 1]) < 0.25, "the rod is a rod and no wall along the rays"
+
+
+def test_looking_only_near_the_surface_changes_no_bit(monkeypatch):
+    truth = union(ball(0.2, (0.0, 0.0, -0.1)), rod(0.04, [0.0, 0, 0], [0.4, 0, 0.3]))
+    body, fog = soft_density(ball(0.21, (0.01, 0, -0.1))), ball(0.05, (-0.6, 0.7, 0.6))
+    density = lambda p: torch.maximum(body(p), 1.5 * (fog(p) > 0))  # noqa: E731
+    near = extract_mesh(density, AABB, COARSE, [seen(truth)])
+    monkeypatch.setattr(extract, "MARGIN_CELLS", 1000)
+    everywhere = extract_mesh(density, AABB, COARSE, [seen(truth)])
+    assert near.level == everywhere.level and len(near.mesh.faces) > 1000
+    assert np.array_equal(near.mesh.vertices, everywhere.mesh.vertices)
+    assert np.array_equal(near.mesh.faces, everywhere.mesh.faces)
 
 
 def test_two_pictures_both_fit():

@@ -67,6 +67,16 @@ def test_written_files_load_in_place(textured, tmp_path, kind):
             assert np.allclose(getattr(mesh.vertices, end)(0), getattr(textured.vertices, end)(0), atol=1e-5)
 
 
+def test_obj_lines_are_those_of_the_arrays(textured, tmp_path):
+    write_obj(textured, tmp_path / "a.obj", "50% done")
+    lines = ["mtllib a.mtl", "o 50% done", "usemtl picture"]
+    lines += [f"v {x:.6g} {z:.6g} {-y:.6g}" for x, y, z in textured.vertices.tolist()]
+    lines += [f"vt {u:.6g} {v:.6g}" for u, v in textured.uvs.tolist()]
+    lines += [f"vn {x:.6g} {z:.6g} {-y:.6g}" for x, y, z in textured.normals.tolist()]
+    lines += ["f " + " ".join(f"{k}/{k}/{k}" for k in face) for face in (textured.faces + 1).tolist()]
+    assert (tmp_path / "a.obj").read_text().replace("-0 ", "0 ") == "\n".join([*lines, ""]).replace("-0 ", "0 ")
+
+
 def test_stl_loads_from_path_and_bytes(tmp_path):
     mesh = sphere_mesh(0.5, 6)
     trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).export(tmp_path / "a.stl")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import binary_dilation
 
 from conrad_engine.mesh.mesh import Mesh
 from conrad_engine.mesh.outline import (
@@ -34,6 +35,18 @@ def test_outline_distances_of_a_soft_disk_are_subpixel():
     assert np.abs(outline_distances(disk(48, (23.7, 24.2), 14.3)) - truth)[near].mean() < 0.15
 
 
+def test_distances_of_hard_outlines_are_those_to_the_nearest_border_pixel():
+    inside = disk(40, (17.2, 22.9), 11.6) > 0.5
+    border = np.argwhere(binary_dilation(inside) & binary_dilation(~inside))
+    to_border = np.sqrt(np.square(np.indices(inside.shape)[..., None] - border.T[:, None, None]).sum(0)).min(-1)
+    found = outline_distances(inside.astype(np.float32))
+    truth = np.where(inside, to_border, -to_border)
+    nearest_offset = np.where(np.abs(found - truth - 0.5) < 1e-6, 0.5, -0.5)
+    assert np.abs(found - truth - nearest_offset).max() < 1e-6, (
+        "half a pixel from a border pixel's center to the outline"
+    )
+
+
 @pytest.mark.parametrize("value, sign", [(0.0, -1), (1.0, 1)])
 def test_empty_and_full_masks_have_no_outline(value, sign):
     assert (sign * outline_distances(np.full((5, 7), value, np.float32)) > 1000).all()
@@ -46,6 +59,12 @@ def test_surface_distances_of_a_distorted_ball():
     found = surface_distances(np.clip(np.tanh(3 * truth), -0.4, 0.4), 0.05)
     error = np.abs(found - truth)[np.abs(truth) < 0.2]
     assert error.max() < 0.05 and error.mean() < 0.015, "within a cell, a third of one on the average"
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_without_a_surface_everything_is_far_from_it(sign):
+    found = surface_distances(np.full((4, 5, 6), 0.01 * sign), 0.05)
+    assert (sign * found > 0.05 * np.hypot(np.hypot(4, 5), 6)).all()
 
 
 def test_hull_is_the_cone_of_the_mask():

@@ -7,8 +7,15 @@ import pytest
 import torch
 
 from conrad_engine.cameras import orbit_camera
-from conrad_engine.mesh.mesh import TexturedMesh, vertex_normals
-from conrad_engine.mesh.raster import rasterize, rasterize_projected, render_with_depth, sample_texture
+from conrad_engine.mesh.mesh import TexturedMesh, dots, lengths, vertex_normals
+from conrad_engine.mesh.raster import (
+    rasterize,
+    rasterize_projected,
+    reduced,
+    render_mesh,
+    render_with_depth,
+    sample_texture,
+)
 
 
 def slow(uv, z, faces, width, height):
@@ -96,8 +103,25 @@ def textured_quad(y=0.0):
     return TexturedMesh(vertices, faces, uvs, vertex_normals(vertices, faces), texture)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_blocks_are_reduced_as_numpy_does(n):
+    samples = np.random.default_rng(n).random((5 * n, 7 * n, 4), np.float32)
+    blocks = samples.reshape(5, n, 7, n, 4)
+    assert np.array_equal(reduced(samples, n) / np.float32(n * n), blocks.mean((1, 3)))
+    assert np.array_equal(reduced(samples, n, np.minimum), blocks.min((1, 3)))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_row_products_are_numpy_s(kind):
+    a, b = np.random.default_rng(0).normal(size=(2, 500, 3)).astype(kind)
+    assert np.array_equal(dots(a, b), (a * b).sum(1))
+    assert np.array_equal(lengths(a), np.linalg.norm(a, axis=1))
+
+
 def test_texture_lies_upright():
-    rgba, depth = render_with_depth(textured_quad(), orbit_camera(0.0, 0.0, 3.0, math.radians(40), 64))
+    camera = orbit_camera(0.0, 0.0, 3.0, math.radians(40), 64)
+    rgba, depth = render_with_depth(textured_quad(), camera)
+    assert np.array_equal(rgba, render_mesh(textured_quad(), camera))
     rows, columns = np.nonzero(rgba[..., 3] > 0.9)
     top, bottom, left, right = rows.min() + 2, rows.max() - 2, columns.min() + 2, columns.max() - 2
     assert rgba[top, left, 0] > 0.8 > 0.3 > rgba[top, left, 2], "red is top left"

@@ -2,12 +2,13 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from conrad_engine import pipeline
+from conrad_engine import finish, pipeline
 from conrad_engine.cameras import CameraSetup
 from conrad_engine.config import preset, with_overrides
 from conrad_engine.errors import Cancelled, InputError
@@ -145,6 +146,38 @@ def test_cancelled_job_resumes_to_the_same_result(tmp_path, finished):
     assert n > 4 and watcher.of_mesh == [(step, n) for step in range(n)], "the bar never goes back"
     a, b = (json.loads((r.folder / "metrics.json").read_text()) for r in (finished, again))
     assert abs(a["mesh_psnr"] - b["mesh_psnr"]) < 0.3 and abs(a["mesh_iou"] - b["mesh_iou"]) < 0.005
+
+
+def test_cancelling_at_the_start_of_the_mesh_does_not_wait_for_the_field_s_pictures(tmp_path, monkeypatch):
+    class CancelMesh(Monitor):
+        stage = ""
+
+        def progress(self, progress):
+            self.stage = progress.stage
+
+        def command(self):
+            return Command.CANCEL if self.stage == "mesh" else Command.RUN
+
+    def endless(*settings, on_chunk, **others):
+        while True:
+            time.sleep(0.01)
+            on_chunk()
+
+    monkeypatch.setattr(finish, "render_picture", endless)
+    with pytest.raises(Cancelled, match="mesh"):
+        pipeline.generate(toy_job(), tmp_path, CancelMesh())
+    assert not (tmp_path / "mesh.glb").exists()
+
+
+def test_the_glb_comes_before_the_other_files(tmp_path, monkeypatch):
+    found = []
+    for name in ("write_other_files", "start_drawing"):
+        real = getattr(finish, name)
+        monkeypatch.setattr(
+            finish, name, lambda *a, real=real: (found.append((tmp_path / "mesh.glb").is_file()), real(*a))[1]
+        )
+    pipeline.generate(toy_job(), tmp_path)
+    assert found == [True, True]
 
 
 def test_extract_again_and_continue(tmp_path, monkeypatch):

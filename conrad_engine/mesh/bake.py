@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cameras import Camera
 from ..config import MeshConfig
 from .blend import complete_colors
-from .mesh import TexturedMesh
+from .mesh import TexturedMesh, dots, lengths
 from .raster import rasterize, rasterize_projected
 from .unwrap import UnwrappedMesh
 
@@ -101,7 +101,7 @@ def _subdivided(mesh: UnwrappedMesh) -> UnwrappedMesh:
         parts = [np.stack(part, 1) for part in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
         faces = np.concatenate([faces[~is_long], *parts])
     vertices, uvs, normals = (part.astype(np.float32) for part in np.split(values, [3, 5], axis=1))
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
+    normals /= np.maximum(lengths(normals)[:, None], 1e-9)
     return UnwrappedMesh(vertices, faces.astype(np.int32), uvs, normals)
 
 
@@ -121,7 +121,7 @@ def _change_at_texels(
 ) -> np.ndarray:
     """What is added to the field's color at points of faces (n, 3), so that it continues the photos; see `blend`."""
     corners = mesh.vertices[mesh.faces]
-    spacing = float(np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=1)))
+    spacing = float(np.median(lengths(corners[:, 1] - corners[:, 0])))
     photo, seen = seen_by_photos(mesh, mesh.vertices, mesh.normals, photos, config, spacing)
     if not seen.any():
         return np.zeros_like(field)
@@ -143,7 +143,7 @@ def _change_at_texels(
 def texel_length(mesh: UnwrappedMesh, size: int) -> float:
     """Side of a texel on the surface, world units."""
     corners, charts = mesh.vertices[mesh.faces].astype(np.float64), mesh.uvs[mesh.faces].astype(np.float64) * size
-    area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).sum()
+    area = lengths(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])).sum()
     (ax, ay), (bx, by) = (charts[:, 1] - charts[:, 0]).T, (charts[:, 2] - charts[:, 0]).T
     return float(np.sqrt(area / max(np.abs(ax * by - ay * bx).sum(), 1e-12)))
 
@@ -157,7 +157,7 @@ def surface_texels(mesh: UnwrappedMesh, size: int) -> Texels:
     positions = sum(weights[:, k, None] * corner[faces] for k, corner in enumerate((a, b, c)))
     # Whether a photo sees a texel is decided by the true surface; smooth normals would tilt a box's flat sides.
     normals = np.cross(b - a, c - a)
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    normals /= np.maximum(lengths(normals)[:, None], 1e-12)
     normals = normals[faces]
     rows, columns = distance_transform_edt(fragments.faces < 0, return_distances=False, return_indices=True)
     number = np.cumsum(fragments.faces.ravel() >= 0) - 1
@@ -218,11 +218,12 @@ def visibility(
     column = np.clip((uv[:, 0] * scale).astype(np.int64), 0, small.width - 1)
     row = np.clip((uv[:, 1] * scale).astype(np.int64), 0, small.height - 1)
     toward = (camera.positions.numpy() - positions).astype(np.float32)
-    toward /= np.linalg.norm(toward, axis=1, keepdims=True)
-    facing = (normals * toward).sum(1)
+    toward /= lengths(toward)[:, None]
+    facing = dots(normals, toward)
     slope = 1 / np.clip(facing, 0.15, 1)
     is_seen = (z_depths <= farthest[row, column] + 1.5 * pixel * z_depths * slope) & (z_depths > 0)
-    is_seen &= (uv >= 0).all(1) & (uv <= [camera.width, camera.height]).all(1)
+    for side, limit in zip(uv.T, (camera.width, camera.height)):
+        is_seen &= (side >= 0) & (side <= limit)
     # Beside an occluder the photo may show the occluder: the far side keeps away from the jump by a ramp.
     with np.errstate(invalid="ignore"):
         is_far_side = (buffer > 0) & (buffer - nearest > JUMP_PX * pixel * buffer)

@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import splu
 
+from .mesh import dots, lengths
+
 SEEN_PULL = 10.0
 """Pull of a photo on a vertex it sees, against an edge's pull of 1."""
 SEAM_FADE = 0.15
@@ -73,9 +75,9 @@ def _edges(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndar
     pairs, weights = [], []
     for k in range(3):
         u, v = corners[:, (k + 1) % 3] - corners[:, k], corners[:, (k + 2) % 3] - corners[:, k]
-        doubled = np.linalg.norm(np.cross(u, v), axis=1)
+        doubled = lengths(np.cross(u, v))
         pairs.append(faces[:, [(k + 1) % 3, (k + 2) % 3]])
-        weights.append((u * v).sum(1) / np.maximum(doubled, 1e-12) / 2)
+        weights.append(dots(u, v) / np.maximum(doubled, 1e-12) / 2)
     areas = np.bincount(faces.ravel(), np.repeat(doubled / 6, 3), minlength=len(vertices))
     edges, index = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0, return_inverse=True)
     strength = np.bincount(index.reshape(-1), np.concatenate(weights), minlength=len(edges))

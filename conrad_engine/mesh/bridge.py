@@ -35,6 +35,7 @@ def join_parts(
     cell: float,
     low: Float[np.ndarray, "3"],
     cameras: list[Camera],
+    longest_rod: float,
 ) -> np.ndarray:
     """A level set whose parts, as far as a picture needs them, are joined to the largest one.
 
@@ -46,6 +47,7 @@ def join_parts(
         cell: Side of a cell, world units.
         low: World position of the first cell.
         cameras: Of the pictures.
+        longest_rod: In cells.
     """
     parts, n_parts = label(values > 0, ANY_NEIGHBOR)
     if n_parts < 2:
@@ -68,7 +70,7 @@ def join_parts(
             best = int(np.argmin(distances))
             gaps.append((float(distances[best]), part, mine[best], joined[nearest[best]]))
         gap, part, start, end = min(gaps, key=lambda g: g[0])
-        if gap > MAX_GAP * max(values.shape):
+        if gap > longest_rod:
             break
         _add_rod(values, start, end, cell)
         joined = np.concatenate([joined, points[owners == part]])

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from ..cameras import Camera
 from ..config import MeshConfig
 from .bake import Photo, as_texture, sample_picture, seen_by_photos, surface_texels, texel_length, visibility
-from .mesh import TexturedMesh
-from .raster import rasterize, sample_texture
+from .mesh import TexturedMesh, dots, lengths
+from .raster import rasterize, reduced, sample_texture
 from .unwrap import UnwrappedMesh
 
 SUPERSAMPLE = 3
@@ -50,15 +50,14 @@ class Canvas:
         fragments = rasterize(self.mesh.vertices, self.mesh.faces, camera.resized(camera.width * n, camera.height * n))
         found = fragments.faces >= 0
         samples = np.zeros((*found.shape, 5), np.float32)
-        samples[found, :4] = sample_texture(self._table(), fragments.interpolate(self.mesh.faces, self.mesh.uvs)[found])
+        uvs = fragments.interpolate(self.mesh.faces, self.mesh.uvs)[found]
+        palette = np.concatenate([self.colors, self.final[:, None]], 1)
+        samples[found, :4] = sample_texture(self.texels.nearest, uvs, palette)
         samples[found, 4] = 1
-        mean = samples.reshape(camera.height, n, camera.width, n, 5).mean((1, 3))
+        mean = reduced(samples, n) / np.float32(n * n)
         alpha = mean[..., 4:]
         mean = mean[..., :4] / np.maximum(alpha, 1e-6)
         return np.concatenate([mean[..., :3], alpha], -1), ((mean[..., 3] > FINAL_SHARE) & (alpha[..., 0] > 0)) * 1.0
-
-    def _table(self) -> Float[np.ndarray, "size size 4"]:
-        return np.concatenate([self.colors, self.final[:, None]], 1)[self.texels.nearest]
 
     def paint(self, camera: Camera, rgb: Float[np.ndarray, "h w 3"]) -> None:
         """Put a picture on the texels that its camera sees well and that are not final.
@@ -71,7 +70,7 @@ class Canvas:
         photo = Photo(camera, rgb, np.ones(rgb.shape[:2], np.float32))
         weight, uv = visibility(self.shape, positions, normals, photo, self.config, Z_BUFFER)
         toward = camera.positions.numpy() - positions
-        facing = (normals * toward).sum(1) / np.linalg.norm(toward, axis=1)
+        facing = dots(normals, toward) / lengths(toward)
         low, high = FACING_RANGE
         ramp = np.clip((facing - low) / (high - low), 0, 1)
         weight = (weight * ramp * ramp * (3 - 2 * ramp)).astype(np.float32)

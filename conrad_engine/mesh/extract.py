@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import mcubes
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..cameras import Camera
 from ..config import MeshConfig
 from ..errors import MeshError
-from .bridge import join_parts
+from .bridge import MAX_GAP, join_parts
 from .mesh import Mesh
 from .outline import (
     REACH_CELLS,
@@ -59,6 +60,8 @@ RIM_PX = 5
 CHUNK = 1 << 20
 SHEET_CELLS, MAX_BODY_CELLS = 1.2, 5.0
 """Half thickness, in cells, of what fills missing parts: marching cubes still sees the least one."""
+MARGIN_CELLS = 12
+"""Farther from the surface than this nothing is looked at: half as much again as the rounds of the outline move it by."""
 NO_SURFACE = "the field has no surface: the optimisation found nothing solid; try more steps or another seed"
 
 
@@ -74,12 +77,26 @@ class _Grid:
     """Cell corners of a box: `positions` (n, 3) in x-major order, `shape`, and the cell's side."""
 
     low: np.ndarray
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     cell: float
+    first: tuple[int, ...] = (0, 0, 0)
+    """The first corner, in cells from `low`. Not 0 in a part of a grid, whose corners are the whole's to the last bit."""
+
+    @property
+    def corner(self) -> np.ndarray:
+        """Position (3,) of the first corner."""
+        return self.low + np.array(self.first) * self.cell
 
     def positions(self) -> Tensor:
-        axes = [torch.arange(n, dtype=torch.float32) * self.cell + float(low) for n, low in zip(self.shape, self.low)]
+        axes = [
+            torch.arange(first, first + n, dtype=torch.float32) * self.cell + float(low)
+            for first, n, low in zip(self.first, self.shape, self.low)
+        ]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+
+    def part(self, box: tuple[slice, ...]) -> _Grid:
+        first = tuple(start + side.start for start, side in zip(self.first, box))
+        return replace(self, first=first, shape=tuple(side.stop - side.start for side in box))
 
     def evaluate(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         values = [function(chunk).float().cpu() for chunk in self.positions().split(CHUNK)]
@@ -87,11 +104,25 @@ class _Grid:
 
     def surface(self, level_set: np.ndarray) -> Mesh:
         """Triangles of level_set = 0, counterclockwise from outside (where it is negative)."""
+        inside = level_set >= 0
+        if not inside.any():
+            return Mesh(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32))
+        box = _box_around(inside, 1)  # marching cubes takes as long for empty cells as for others
         # A border of outside closes surfaces that reach the box.
-        padded = np.pad(level_set, 1, constant_values=-self.cell)
+        padded = np.pad(level_set[box], 1, constant_values=-self.cell)
         vertices, faces = mcubes.marching_cubes(padded, 0.0)
-        vertices = (vertices - 1) * self.cell + self.low
+        vertices = (vertices + (np.array(self.part(box).first) - 1)) * self.cell + self.low
         return Mesh(vertices.astype(np.float32), faces.astype(np.int32))
+
+
+def _box_around(chosen: np.ndarray, margin: int) -> tuple[slice, ...]:
+    """The box of the true cells with a margin, as far as the array goes; empty where there are none."""
+    box = []
+    for axis in range(chosen.ndim):
+        found = np.flatnonzero(chosen.any(tuple(other for other in range(chosen.ndim) if other != axis)))
+        low, high = (found[0] - margin, found[-1] + 1 + margin) if len(found) else (0, 0)
+        box.append(slice(max(int(low), 0), min(int(high), chosen.shape[axis])))
+    return tuple(box)
 
 
 def _grid_over(low: np.ndarray, high: np.ndarray, n_cells: int) -> _Grid:
@@ -115,27 +146,33 @@ def extract_mesh(
         MeshError: Nothing reaches the level.
     """
     device = aabb.device
+    on_device = lambda p: density(p.to(device))  # noqa: E731
+    met = [_met_points(view) for view in views]
     with torch.no_grad():
-        grid = _tight_grid(lambda p: density(p.to(device)), aabb.cpu().numpy(), config.resolution, views)
-        densities = grid.evaluate(lambda p: density(p.to(device)))
+        whole = _tight_grid(on_device, aabb.cpu().numpy(), config.resolution, met)
+        densities = whole.evaluate(on_device)
+    needed = _needed_box(whole, densities, min(LEVELS[0], config.level or LEVELS[0]), met)
+    grid, densities = whole.part(needed), densities[needed]
     level = config.level if config.level > 0 else _best_level(grid, densities, views)
     values = surface_distances(_level_set(densities, level, grid.cell), grid.cell)
+    mesh = grid.surface(values)
     for view in views:
         weaker = (_level_set(densities, lower, grid.cell) for lower in reversed(LEVELS) if lower < level)
-        values = _with_missing_parts(values, weaker, grid, view)
+        values, mesh = _with_missing_parts(values, mesh, weaker, grid, view)
     for _ in range(N_OUTLINE_ROUNDS if views else 0):
         values = values + np.sum(
-            [grid.evaluate(outline_correction(grid.surface(values), view, SILHOUETTE, grid.cell)) for view in views],
-            axis=0,
+            [grid.evaluate(outline_correction(mesh, view, SILHOUETTE, grid.cell)) for view in views], axis=0
         )
+        mesh = grid.surface(values)
         for view in views:  # where an outline came in from two sides it may have opened a hole
-            values = _with_missing_parts(values, [], grid, view)
+            values, mesh = _with_missing_parts(values, mesh, [], grid, view)
     if views:
         hull = np.minimum.reduce([grid.evaluate(hull_distances(view.mask, view.camera)) for view in views])
         values = np.minimum(values, hull)
         if config.max_components == 1:
-            values = join_parts(values, hull, grid.cell, grid.low, [view.camera for view in views])
-    mesh = grid.surface(values)
+            longest_rod = MAX_GAP * max(whole.shape)
+            values = join_parts(values, hull, grid.cell, grid.corner, [view.camera for view in views], longest_rod)
+        mesh = grid.surface(values)
     if not len(mesh.faces):
         raise MeshError(NO_SURFACE)
     return Extracted(mesh, level)
@@ -162,15 +199,26 @@ def _best_level(grid: _Grid, densities: np.ndarray, views: list[SurfaceView]) ->
     return next(level for level, score in zip(levels, scores) if score >= max(scores) - LEVEL_TOLERANCE)
 
 
-def _tight_grid(density: Callable[[Tensor], Tensor], aabb: np.ndarray, n_cells: int, views: list[SurfaceView]) -> _Grid:
-    """A grid around everything that could be surface, or that a silhouette says must be."""
+def _tight_grid(density: Callable[[Tensor], Tensor], aabb: np.ndarray, n_cells: int, met: list[np.ndarray]) -> _Grid:
+    """A grid around everything that could be surface, or that a silhouette says must be: `met`, points (n, 3)."""
     coarse = _grid_over(aabb[0], aabb[1], COARSE_CELLS)
     occupied = np.argwhere(coarse.evaluate(density) > LEVELS[0] / 4)
     if not len(occupied):
         raise MeshError(NO_SURFACE)
-    points = np.concatenate([coarse.low + occupied * coarse.cell, *(_met_points(view) for view in views)])
+    points = np.concatenate([coarse.low + occupied * coarse.cell, *met])
     low, high = points.min(0) - coarse.cell, points.max(0) + coarse.cell
     return _grid_over(np.maximum(low, aabb[0]), np.minimum(high, aabb[1]), n_cells)
+
+
+def _needed_box(grid: _Grid, densities: np.ndarray, level: float, met: list[np.ndarray]) -> tuple[slice, ...]:
+    """The part of a grid around what is above a level and around `met`, often a fifth of it: the coarse look takes in fog."""
+    needed = densities > level
+    for points in met:
+        cells = np.round((points - grid.low) / grid.cell).astype(int)
+        needed[tuple(np.clip(cells, 0, np.array(grid.shape) - 1).T)] = True
+    if not needed.any():
+        raise MeshError(NO_SURFACE)
+    return _box_around(needed, MARGIN_CELLS)
 
 
 def _met_points(view: SurfaceView) -> np.ndarray:
@@ -194,27 +242,32 @@ def _silhouette_iou(mesh: Mesh, view: SurfaceView) -> float:
     return float((covered & mask).sum() / max((covered | mask).sum(), 1))
 
 
-def _with_missing_parts(values: np.ndarray, weaker: Iterable[np.ndarray], grid: _Grid, view: SurfaceView) -> np.ndarray:
+def _with_missing_parts(
+    values: np.ndarray, mesh: Mesh, weaker: Iterable[np.ndarray], grid: _Grid, view: SurfaceView
+) -> tuple[np.ndarray, Mesh]:
     """The level set united, over every part of the silhouette that it leaves open, with the first that closes it.
 
     Args:
+        mesh: The surface of `values`; that of the answer comes back with it.
         weaker: Level sets of ever lower densities; when none is left, a body takes their place.
     """
     camera, soft = view.resized(SILHOUETTE)
-    for candidate in [*weaker, None]:
-        mesh = grid.surface(values)
+    for candidate in chain(weaker, [None]):
         front = rasterize(mesh.vertices, mesh.faces, camera).z_depths
         open_part = _open_part(front > 0, soft > 0.5)
         if not open_part.any():
             break
         log.info("the surface leaves %.1f %% of a silhouette open", 100 * open_part.sum() / (soft > 0.5).sum())
-        if candidate is None:
-            part = grid.evaluate(_body(view, front, soft, camera, grid.cell))
-        else:
-            part = surface_distances(candidate, grid.cell)
         window = grid.evaluate(hull_distances(open_part.astype(np.float32), camera))
-        values = np.maximum(values, np.minimum(part, window))
-    return values
+        box = _box_around(window > -MARGIN_CELLS * grid.cell, 0)
+        if candidate is None:
+            part = grid.part(box).evaluate(_body(view, front, soft, camera, grid.cell))
+        else:
+            part = surface_distances(candidate[box], grid.cell)
+        values = values.copy()
+        values[box] = np.maximum(values[box], np.minimum(part, window[box]))
+        mesh = grid.surface(values)
+    return values, mesh
 
 
 def _open_part(covered: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -156,16 +157,21 @@ def render_picture(
     max_points: int = 4_000_000,
     early_stop: float = 1e-4,
     with_normals: bool = False,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> Picture:
     """Render one camera without gradients, in chunks.
 
     Colors (and normals) are evaluated only where a sample's weight exceeds `early_stop`: what lies behind an opaque surface
     costs a density only.
+
+    Args:
+        on_chunk: Called before each chunk; it may raise to stop.
     """
     parts = []
     all_origins, all_directions = camera.rays()
     n_rays = max(1, max_points // n_samples)
     for origins, directions in zip(all_origins.split(n_rays), all_directions.split(n_rays)):
+        on_chunk()
         weights, t_starts, steps = render_density(field, origins, directions, n_samples, occupancy)
         ray, sample = torch.nonzero(weights > early_stop, as_tuple=True)
         distances = t_starts[ray, sample] + steps[ray, 0] / 2

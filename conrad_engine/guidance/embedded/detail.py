@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...cameras import Camera
+from ...graphs import GraphedStep
 from ..interfaces import ReferencePicture
 from .prior import camera_rows, fast_precision, resized
 from .sampling import channels_last
@@ -158,7 +159,10 @@ def open_pixels(views: Float[Tensor, "b 5 h w"]) -> Float[Tensor, "b 1 h w"]:
 
 
 class ConditionedDetail:
-    """The network with the tokens of its reference pictures, computed once."""
+    """The network with the tokens of its reference pictures, computed once.
+
+    On CUDA a step of the sampling is captured in a graph: it is some hundred launches, which take four times as long.
+    """
 
     def __init__(
         self,
@@ -170,8 +174,13 @@ class ConditionedDetail:
         """Take the reference pictures, premultiplied RGBA in [-1, 1]; `cast` is the precision to compute in."""
         self.net, self.cast, self.cameras = net, cast, cameras
         self.is_present = torch.ones_like(cameras[:, 0])
+        self._graphed, self._shape = GraphedStep(self._denoise, cameras.device), None
         with torch.no_grad(), cast:
             self.tokens = net.encode(pictures, cameras, self.is_present)
+
+    def _denoise(self, noisy: Tensor, t: Tensor, views: Tensor, cameras: Tensor) -> Tensor:
+        with self.cast:
+            return self.net.denoise(noisy, t, views, cameras, self.cameras, self.is_present, self.tokens).float()
 
     @torch.no_grad()
     def sample(
@@ -194,12 +203,14 @@ class ConditionedDetail:
         x = temperature * torch.randn(views[:, :3].shape, generator=generator, device=source).to(views.device)
         is_open, blurred, alpha = open_pixels(views), views[:, :3], views[:, 3:4]
         clean = torch.zeros_like(x)
+        if views.shape != self._shape:
+            self._graphed.reset()
+            self._shape = views.shape
         for step in range(n_steps):
             now, then = 1 - step / n_steps, 1 - (step + 1) / n_steps
             t = torch.full_like(cameras[:, 0], now)
             a, s = alpha_sigma(t)
-            with self.cast:
-                v = self.net.denoise(x, t, views, cameras, self.cameras, self.is_present, self.tokens).float()
+            v = self._graphed(x, t, views, cameras)
             sharp = blurred + RESIDUAL_SCALE * (a * x - s * v)
             # A premultiplied color lies between empty and its alpha.
             clean = (torch.minimum(sharp.clamp(min=-1), alpha) - blurred) * is_open / RESIDUAL_SCALE
