@@ -77,13 +77,13 @@ def test_group_norm_equals_the_library(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(shape, generator=generator) * 2 + 1).to(device).contiguous(memory_format=torch.channels_last)
-    weight, bias = (torch.randn(shape[1], generator=generator).to(device) for _ in range(2))
+    weight, bias, shift = (torch.randn(shape[1], generator=generator).to(device) for _ in range(3))
     gradient = torch.randn(shape, generator=generator).to(device)
     expected_x, actual_x = x.double().requires_grad_(), x.clone().requires_grad_()
-    expected = F.group_norm(expected_x, 4, weight.double(), bias.double(), 1e-5)
+    expected = F.group_norm(expected_x + shift.double()[:, None, None], 4, weight.double(), bias.double(), 1e-5)
     expected = F.silu(expected) if silu else expected
     expected.backward(gradient.double())
-    actual = kernels.group_norm(actual_x, weight, bias, 4, 1e-5, silu)
+    actual = kernels.group_norm(actual_x, weight, bias, 4, 1e-5, silu, shift)
     actual.backward(gradient)
     assert actual.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)

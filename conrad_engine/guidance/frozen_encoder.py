@@ -86,6 +86,13 @@ class PlainResidual(nn.Module):
         changes = block.time_emb_proj, block.upsample, block.downsample
         return all(change is None for change in changes) and block.output_scale_factor == 1
 
+    def merge_biases(self) -> None:
+        """Of the two convolutions whose results are added: each bias is a pass over memory."""
+        shortcut, conv = self.conv_shortcut, self.conv2
+        if shortcut is not None and shortcut.bias is not None and conv.bias is not None:
+            shortcut.bias = nn.Parameter(shortcut.bias.detach() + conv.bias.detach(), requires_grad=False)
+            conv.bias = None
+
     def forward(self, x: Float[Tensor, "n c h w"], temb: Tensor | None = None) -> Float[Tensor, "n d h w"]:
         """`temb` as in `PlainAttention`."""
         h = self.conv1(self.nonlinearity(self.norm1(x)))

@@ -1,10 +1,11 @@
-"""Group norm, and SiLU after it, of channels-last pictures in Triton; scale and shift are constants.
+"""Group norm, and SiLU after it, of channels-last pictures in Triton; all its vectors are constants.
 
 The library's group norm has no kernel for channels-last memory, so it rearranges pictures before and after; and it writes
 the normalised picture only for SiLU to read it again. Here a picture is read twice and written once; its backward pass reads
 picture and gradient twice and writes once.
 
-With u = w x̂ + b, x̂ = (x - mean) / std over a group's channels and all pixels, y = SiLU(u), and g = w dL/du:
+The picture is x + s, s being the bias of the convolution before it, whose own addition would be a pass over memory.
+With u = w x̂ + b, x̂ = (x + s - mean) / std over a group's channels and all pixels, y = SiLU(u), and g = w dL/du:
 dL/dx = (g - ⟨g⟩ - x̂ ⟨g x̂⟩) / std, ⟨⟩ being the mean over the group.
 """
 
@@ -33,7 +34,14 @@ def _tile(rows, columns, n_pixels, first, N_CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _normalised(x_ptr, stats_ptr, weight_ptr, bias_ptr, picture, offsets, exists, columns,
+def _shifted(x_ptr, shift_ptr, offsets, exists, columns, N_CHANNELS: tl.constexpr):
+    """x + s of a tile, 0 outside of the picture."""
+    shift = tl.load(shift_ptr + columns, mask=columns < N_CHANNELS, other=0.0).to(tl.float32)[None, :]
+    return tl.where(exists, tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32) + shift, 0.0)
+
+
+@triton.jit
+def _normalised(x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, picture, offsets, exists, columns,
                 N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr):  # fmt: skip
     """x̂, u, w and 1/std of a tile."""
     is_channel = columns < N_CHANNELS
@@ -42,13 +50,13 @@ def _normalised(x_ptr, stats_ptr, weight_ptr, bias_ptr, picture, offsets, exists
     inverse = tl.load(stats_ptr + 2 * group + 1, mask=is_channel, other=0.0)[None, :]
     weight = tl.load(weight_ptr + columns, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     bias = tl.load(bias_ptr + columns, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-    x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+    x = _shifted(x_ptr, shift_ptr, offsets, exists, columns, N_CHANNELS)
     normal = (x - mean) * inverse
     return normal, normal * weight + bias, weight, inverse
 
 
 @triton.jit
-def _sums(x_ptr, gradient_ptr, stats_ptr, weight_ptr, bias_ptr, sums_ptr, n_pixels,
+def _sums(x_ptr, gradient_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, sums_ptr, n_pixels,
           N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
           ROUNDS: tl.constexpr, SILU: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     """Per channel and chunk of pixels: Σx and Σx², or for the backward pass Σg and Σg x̂."""
@@ -62,7 +70,17 @@ def _sums(x_ptr, gradient_ptr, stats_ptr, weight_ptr, bias_ptr, sums_ptr, n_pixe
         offsets, exists = _tile(rows, columns, n_pixels, picture * n_pixels, N_CHANNELS)
         if BACKWARD:
             normal, u, weight, _ = _normalised(
-                x_ptr, stats_ptr, weight_ptr, bias_ptr, picture, offsets, exists, columns, N_CHANNELS, IN_GROUP
+                x_ptr,
+                stats_ptr,
+                shift_ptr,
+                weight_ptr,
+                bias_ptr,
+                picture,
+                offsets,
+                exists,
+                columns,
+                N_CHANNELS,
+                IN_GROUP,
             )
             g = tl.load(gradient_ptr + offsets, mask=exists, other=0.0).to(tl.float32) * weight
             if SILU:
@@ -71,7 +89,7 @@ def _sums(x_ptr, gradient_ptr, stats_ptr, weight_ptr, bias_ptr, sums_ptr, n_pixe
             one += g
             two += g * normal
         else:
-            x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+            x = _shifted(x_ptr, shift_ptr, offsets, exists, columns, N_CHANNELS)
             one += x
             two += x * x
     target = sums_ptr + (picture * tl.num_programs(0) + chunk) * 2 * N_CHANNELS + columns
@@ -104,7 +122,7 @@ def _statistics(sums_ptr, stats_ptr, count, epsilon, N_CHANNELS: tl.constexpr, I
 
 
 @triton.jit
-def _apply(x_ptr, gradient_ptr, stats_ptr, means_ptr, weight_ptr, bias_ptr, out_ptr, n_pixels,
+def _apply(x_ptr, gradient_ptr, stats_ptr, means_ptr, shift_ptr, weight_ptr, bias_ptr, out_ptr, n_pixels,
            N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
            SILU: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     """y of a tile, or for the backward pass dL/dx."""
@@ -113,7 +131,7 @@ def _apply(x_ptr, gradient_ptr, stats_ptr, means_ptr, weight_ptr, bias_ptr, out_
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets, exists = _tile(rows, columns, n_pixels, picture * n_pixels, N_CHANNELS)
     normal, u, weight, inverse = _normalised(
-        x_ptr, stats_ptr, weight_ptr, bias_ptr, picture, offsets, exists, columns, N_CHANNELS, IN_GROUP
+        x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, picture, offsets, exists, columns, N_CHANNELS, IN_GROUP
     )
     value = u
     if BACKWARD:
@@ -158,11 +176,11 @@ class _Launch:
     def in_group(self) -> int:
         return self.n_channels // self.n_groups
 
-    def statistics(self, x: Tensor, gradient: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, silu: bool,
+    def statistics(self, x: Tensor, gradient: Tensor, stats: Tensor, vectors: tuple[Tensor, Tensor, Tensor], silu: bool,
                    epsilon: float, is_backward: bool) -> Float[Tensor, "n groups 2"]:  # fmt: skip
         sums = torch.empty(self.n, self.n_chunks, 2, self.n_channels, device=x.device)
         _sums[self.n_chunks, self.n](
-            x, gradient, stats, weight, bias, sums, self.n_pixels, N_CHANNELS=self.n_channels, IN_GROUP=self.in_group,
+            x, gradient, stats, *vectors, sums, self.n_pixels, N_CHANNELS=self.n_channels, IN_GROUP=self.in_group,
             COLUMNS=self.columns, ROWS=self.rows, ROUNDS=self.rounds, SILU=silu, BACKWARD=is_backward,
         )  # fmt: skip
         found = torch.empty(self.n, self.n_groups, 2, device=x.device)
@@ -173,11 +191,11 @@ class _Launch:
         )  # fmt: skip
         return found
 
-    def apply(self, x: Tensor, gradient: Tensor, stats: Tensor, means: Tensor, weight: Tensor, bias: Tensor,
+    def apply(self, x: Tensor, gradient: Tensor, stats: Tensor, means: Tensor, vectors: tuple[Tensor, Tensor, Tensor],
               silu: bool, is_backward: bool) -> Tensor:  # fmt: skip
         out = torch.empty_like(x)
         _apply[triton.cdiv(self.n_pixels, self.rows), self.n](
-            x, gradient, stats, means, weight, bias, out, self.n_pixels, N_CHANNELS=self.n_channels,
+            x, gradient, stats, means, *vectors, out, self.n_pixels, N_CHANNELS=self.n_channels,
             IN_GROUP=self.in_group, COLUMNS=self.columns, ROWS=self.rows, SILU=silu, BACKWARD=is_backward,
         )  # fmt: skip
         return out
@@ -185,22 +203,22 @@ class _Launch:
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, n_groups, epsilon, silu):
-        launch = _Launch.of(x, n_groups)
+    def forward(ctx, x, shift, weight, bias, n_groups, epsilon, silu):
+        launch, vectors = _Launch.of(x, n_groups), (shift, weight, bias)
         # Arguments that a pass does not read are filled with what is at hand.
-        stats = launch.statistics(x, x, x, weight, bias, silu, epsilon, is_backward=False)
-        ctx.save_for_backward(x, weight, bias, stats)
+        stats = launch.statistics(x, x, x, vectors, silu, epsilon, is_backward=False)
+        ctx.save_for_backward(x, stats, *vectors)
         ctx.launch, ctx.silu = launch, silu
-        return launch.apply(x, x, stats, stats, weight, bias, silu, is_backward=False)
+        return launch.apply(x, x, stats, stats, vectors, silu, is_backward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, weight, bias, stats = ctx.saved_tensors
+        x, stats, *vectors = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        means = ctx.launch.statistics(x, gradient, stats, weight, bias, ctx.silu, 0.0, is_backward=True)
-        out = ctx.launch.apply(x, gradient, stats, means, weight, bias, ctx.silu, is_backward=True)
-        return out, None, None, None, None, None
+        means = ctx.launch.statistics(x, gradient, stats, vectors, ctx.silu, 0.0, is_backward=True)
+        out = ctx.launch.apply(x, gradient, stats, means, vectors, ctx.silu, is_backward=True)
+        return out, None, None, None, None, None, None
 
 
 def group_norm(
@@ -210,6 +228,7 @@ def group_norm(
     n_groups: int,
     epsilon: float,
     silu: bool,
+    shift: Float[Tensor, " c"],
 ) -> Float[Tensor, "n c h w"]:
     """Group norm, then SiLU if asked for; differentiable once, to `x` alone.
 
@@ -219,5 +238,6 @@ def group_norm(
         n_groups: Divides the channels.
         epsilon: Added to the variance.
         silu: Whether SiLU follows.
+        shift: A constant added to `x` first.
     """
-    return _GroupNorm.apply(x, weight, bias, n_groups, epsilon, silu)
+    return _GroupNorm.apply(x, shift, weight, bias, n_groups, epsilon, silu)
