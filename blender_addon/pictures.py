@@ -25,7 +25,7 @@ LARGE_PIXELS = 2**18
 system hands out new memory page by page."""
 QUIET_PIXELS, QUIET_RENDERED_PIXELS = 3072**2, 2560 * 1600
 """Only Blender's own thread can take pixels out of Blender; more than these may take it longer than 50 ms (4096 x 4096 painted
-ones 32 to 99 ms, 3840 x 2160 rendered ones 58 to 85 ms)."""
+ones 32 to 99 ms, 3840 x 2160 rendered ones 58 to 89 ms)."""
 QUIET_PACKED_BYTES = 2**24
 """Packed files come out of Blender by way of its own thread too, about 1.6 ms a megabyte."""
 PATIENCE_S = 30.0
