@@ -138,10 +138,6 @@ def picture_size(image: bpy.types.Image) -> tuple[int, int]:
         CannotUseCamera: Its file is missing or it has not been rendered yet.
     """
     width, height = pictures.size_of(image)
-    if image.type == "RENDER_RESULT" and not (width and height):
-        render = bpy.context.scene.render
-        scale = render.resolution_percentage / 100
-        width, height = int(render.resolution_x * scale), int(render.resolution_y * scale)
     if not (width and height):
         raise CannotUseCamera(f"The picture {image.name} has no pixels: its file is missing or it is not rendered yet")
     return width, height

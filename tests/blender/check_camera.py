@@ -108,7 +108,7 @@ def check_outline() -> None:
 
 
 def check_pause() -> None:
-    """Only a very large picture that no file has is worth a word, and a render result much earlier."""
+    """Only a very large picture that no file has is worth a word, and a render result earlier."""
     pictures = part("pictures")
     image = bpy.data.images.new("huge", 3073, 3072)
     assert "Blender stops for a moment to read huge" in pictures.why_pause(None, image)
@@ -128,10 +128,14 @@ def check_pause() -> None:
     assert not camera.why_pause(photo) and not photo.has_data, "without alpha there is no outline to look for"
     bpy.data.images.remove(image)
     bpy.data.images.remove(photo)
-    stand_in = SimpleNamespace(
-        type="RENDER_RESULT", source="VIEWER", name="Render Result", has_data=True, size=(1920, 1080)
-    )
-    assert "read Render Result" in pictures.why_pause(stand_in)
+    stand_in = SimpleNamespace(type="RENDER_RESULT", source="VIEWER", name="Render Result", has_data=True, size=(0, 0))
+    render = bpy.context.scene.render
+    before = render.resolution_x, render.resolution_y
+    for size, word in (((2560, 1600), ""), ((2560, 1601), "read Render Result")):
+        render.resolution_x, render.resolution_y = size
+        assert word in pictures.why_pause(stand_in) and bool(word) == bool(pictures.why_pause(stand_in))
+        assert pictures.is_large(stand_in) and pictures.size_of(stand_in) == size
+    render.resolution_x, render.resolution_y = before
     photo = SimpleNamespace(type="IMAGE", source="FILE", is_dirty=False, packed_file=None, name="photo")
     assert not pictures.why_pause(photo), "of a file nothing is looked at: its size could have it decoded"
     photo.packed_file = SimpleNamespace(size=pictures.QUIET_PACKED_BYTES)

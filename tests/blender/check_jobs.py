@@ -281,29 +281,132 @@ def check_large_pictures() -> None:
 
 
 def check_render_result() -> None:
-    """What was rendered last is a picture too; nothing rendered says so, and the output settings stay as they were."""
-    pictures, camera, finish = part("pictures"), part("camera"), part("background").finish
-    scene = bpy.context.scene
+    """What was rendered last is a picture too, piece by piece the same as in one; nothing of the scene is changed."""
+    camera, ours, scene = part("camera"), part("render_result"), bpy.context.scene
     scene.render.engine, scene.cycles.samples = "CYCLES", 1
-    scene.render.resolution_x, scene.render.resolution_y, scene.render.resolution_percentage = 48, 32, 50
+    scene.render.resolution_x, scene.render.resolution_y, scene.render.resolution_percentage = 96, 62, 50
     scene.camera = next(item for item in bpy.data.objects if item.type == "CAMERA")
     scene.render.film_transparent = True
+    bpy.data.objects[scene.camera.name].rotation_euler.rotate_axis("Z", 0.4)
+    light_up(scene)
     bpy.ops.render.render()
     image = bpy.data.images["Render Result"]
-    assert camera.picture_size(image) == (24, 16)
-    settings = scene.render.image_settings
-    settings.file_format, settings.color_mode = "PNG", "RGBA"
-    image.save_render(bpy.app.tempdir + "render.png")
-    saved = bpy.data.images.load(bpy.app.tempdir + "render.png")
-    settings.file_format, settings.color_mode = "JPEG", "RGB"
-    array = finish(pictures.picture_fields(image, scene))["pixels"]
-    assert array.shape == (16, 24, 4) and bytes(array.data) == finish(pictures.pixels_of(saved)).tobytes()
-    assert (settings.file_format, settings.color_mode) == ("JPEG", "RGB")
-    scene.render.resolution_percentage = 100
+    assert camera.picture_size(image) == (48, 31)
+    settings, view = scene.render.image_settings, scene.view_settings
+    if hasattr(settings, "media_type"):
+        settings.media_type = "VIDEO"
+    settings.file_format, settings.color_mode = "FFMPEG", "BW"
+    # Blender adds noise to what it saves in one.
+    scene.render.dither_intensity = 0
+    ours.PIECE_PIXELS = 48 * 7
+    for transform, exposure, gamma, curve in (
+        ("AgX", 0.0, 1.0, False), ("AgX", 0.7, 1.3, True), ("Standard", 0.0, 1.0, False), ("Standard", -0.6, 0.8, False),
+        ("Filmic", 1.0, 1.0, False),
+    ):  # fmt: skip
+        view.view_transform, view.exposure, view.gamma, view.use_curve_mapping = transform, exposure, gamma, curve
+        if curve:
+            view.curve_mapping.curves[3].points.new(0.3, 0.6)
+            view.curve_mapping.update()
+        assert_as_saved(image, scene)
+    settings.color_management = "OVERRIDE"
+    settings.view_settings.view_transform, settings.view_settings.exposure = "Standard", -1.0
+    assert_as_saved(image, scene)
+    if hasattr(settings, "media_type"):
+        settings.media_type = "IMAGE"
+    settings.file_format = "OPEN_EXR"
+    settings.linear_colorspace_settings.name = "ACES2065-1"
+    assert_as_saved(image, scene)
+    settings.file_format, settings.color_management = "PNG", "FOLLOW_SCENE"
+    check_look_changed_meanwhile(image, scene)
+    scene.render.dither_intensity = 1.0
+    assert_as_saved(image, scene, at_most=2)
+    scene.render.use_multiview = True
+    bpy.ops.render.render()
+    assert_as_saved(image, scene, at_most=2)
+    scene.render.use_multiview = False
+    scene.render.resolution_percentage, ours.PIECE_PIXELS = 100, 2**17
+
+
+def light_up(scene: bpy.types.Scene) -> None:
+    """Something to see in every direction, in all tones up to 16."""
+    scene.render.film_transparent = False
+    scene.world = bpy.data.worlds.new("colors")
+    if bpy.app.version < (5, 0):
+        scene.world.use_nodes = True
+    nodes, links = scene.world.node_tree.nodes, scene.world.node_tree.links
+    noise, power = nodes.new("ShaderNodeTexNoise"), nodes.new("ShaderNodeGamma")
+    noise.inputs["Scale"].default_value, power.inputs["Gamma"].default_value = 9.0, 8.0
+    links.new(noise.outputs["Color"], power.inputs["Color"])
+    links.new(power.outputs["Color"], nodes["Background"].inputs["Color"])
+    nodes["Background"].inputs["Strength"].default_value = 50.0
+
+
+def assert_as_saved(image: bpy.types.Image, scene: bpy.types.Scene, at_most: int = 0) -> None:
+    """The picture of a job is what Blender saves, in bytes' steps, and all else is as it was."""
+    settings, temporary = scene.render.image_settings, Path(bpy.app.tempdir)
+    view = settings.view_settings
+
+    def state() -> list:
+        space = settings.linear_colorspace_settings.name if settings.has_linear_colorspace else ""
+        names = [
+            name
+            for name in (*part("render_result").OUTPUT_SETTINGS, "quality", "tiff_codec")
+            if hasattr(settings, name)
+        ]
+        output = {name: getattr(settings, name) for name in names}
+        files, images = sorted(temporary.iterdir()), [(image.name, image.users) for image in bpy.data.images]
+        return [output, space, settings.color_management, view.view_transform, view.exposure, files, images]
+
+    before = state()
+    array = part("background").finish(part("pictures").picture_fields(image, scene))["pixels"]
+    assert state() == before, f"{state()}\n{before}"
+    pixels, saved = np.frombuffer(array.data, np.uint8).reshape(array.shape), saved_in_one(image, scene)
+    assert pixels.shape == saved.shape == (31, 48, 4)
+    difference = int(np.abs(pixels.astype(int) - saved).max())
+    n_tones = len(np.unique(saved[..., :3]))
+    assert difference <= at_most and n_tones > 50, (before, difference, n_tones)
+
+
+def saved_in_one(image: bpy.types.Image, scene: bpy.types.Scene) -> np.ndarray:
+    ours = part("render_result")
+    return ours._taken(ours._saved(image, scene, ours.AS_PICTURE), ours.bytes_of)
+
+
+def check_look_changed_meanwhile(image: bpy.types.Image, scene: bpy.types.Scene) -> None:
+    """A picture is of one look; a scene that is removed meanwhile says so."""
+    ours, background, other = part("render_result"), part("background"), scene.copy()
+    steps = ours.pixels(image, scene)
+    work = next(steps)
+    for _ in range(5):
+        work = steps.send(work())
+    scene.view_settings.exposure += 1.0
+    pixels = background.finish(resumed(steps, work))
+    assert (pixels == saved_in_one(image, scene)).all()
+    bpy.ops.render.render(scene=other.name)
+    steps = part("pictures").picture_fields(image, other)
+    work = next(steps)
+    bpy.data.scenes.remove(other)
+    try:
+        background.finish(resumed(steps, work))
+    except part("pictures").NoPicture as error:
+        assert "it was removed while" in str(error)
+    else:
+        raise AssertionError("a picture of a scene that is gone")
+
+
+def resumed(steps: Any, work: Any) -> Any:
+    """The rest of steps whose next work is known."""
+    try:
+        while True:
+            work = steps.send((yield work))
+    except StopIteration as end:
+        return end.value
 
 
 def check_stop() -> None:
     session = part("link").session()
+    # Nothing was polled while the renders took their time.
+    pump_until(lambda: session.is_connected)
     bpy.ops.conrad.free_memory()
     bpy.ops.conrad.stop_engine()
     pump_until(lambda: not session.launcher.is_running and session.client is None)

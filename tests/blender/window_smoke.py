@@ -216,8 +216,14 @@ def drive(window: Window, job_limit_s: float) -> None:
     )
     window.command("add_camera_of_a_file")
     window.until(lambda s: s["was_decoded"] and s["camera"], "a large picture is decoded before its camera is added")
+    longest = window.state()["longest_ms"]
+    window.command("render")
+    window.until(lambda s: s["is_rendered"], "Blender renders")
+    window.command("generate_from_render")
+    state = window.until(lambda s: s["from_render"] == "running", "the render result is sent", job_limit_s)
+    longest["tick, a render result of 1920 x 1080 that nobody looked at"] = state["longest_ms"]["tick"]
     print(f"{state['ticks']} ticks: p99 {state['tick_p99_ms']:.1f} ms (software GL, load {os.getloadavg()[0]:.1f})")
-    for name, (wall, own) in state["longest_ms"].items():
+    for name, (wall, own) in longest.items():
         print(f"longest {name}: {wall:.1f} ms, own processor time {own:.1f} ms")
 
 

@@ -146,11 +146,44 @@ def add_camera_of_a_file() -> None:
     assert again == {"CANCELLED"}, "a second press while the first one waits"
 
 
+def render() -> None:
+    """Render in Full HD, and do not look at the result: Blender has not read AgX's table yet."""
+    global was_rendering
+    window = bpy.context.window_manager.windows[0]
+    scene = window.scene
+    bpy.context.preferences.view.render_display_type = "NONE"
+    scene.render.engine, scene.cycles.samples, scene.cycles.use_denoising = "CYCLES", 1, False
+    scene.render.resolution_x, scene.render.resolution_y = 1920, 1080
+    # Without a handler: Blender calls those from the renderer's thread, after which scripts may not write any more at times.
+    with bpy.context.temp_override(window=window):
+        bpy.ops.render.render("INVOKE_DEFAULT")
+    was_rendering = True
+
+
+def generate_from_render() -> None:
+    window = bpy.context.window_manager.windows[0]
+    settings = window.scene.conrad
+    settings.camera, settings.image = None, bpy.data.images["Render Result"]
+    # From now on the longest tick is of this.
+    longest_s.pop("tick", None)
+    with bpy.context.temp_override(window=window):
+        bpy.ops.conrad.generate("INVOKE_DEFAULT")
+
+
+was_rendering = False
 view_error: float | None = None
 was_decoded: bool | None = None
 COMMANDS = {
     function.__name__: function
-    for function in (import_in_edit_mode, object_mode, other_camera, camera_from_view, add_camera_of_a_file)
+    for function in (
+        import_in_edit_mode,
+        object_mode,
+        other_camera,
+        camera_from_view,
+        add_camera_of_a_file,
+        render,
+        generate_from_render,
+    )
 }
 
 
@@ -200,6 +233,8 @@ def tell() -> float:
         "render_size": [render.resolution_x, render.resolution_y],
         "view_error": view_error,
         "was_decoded": was_decoded,
+        "is_rendered": was_rendering and not bpy.app.is_job_running("RENDER"),
+        "from_render": next((job.state_name for job in session.table.jobs.values() if job.name == "Render Result"), ""),
         "told": perf_counter(),
         "ticks": len(ticks),
         "tick_p99_ms": 1e3 * ticks[int(0.99 * (len(ticks) - 1))] if ticks else 0.0,
