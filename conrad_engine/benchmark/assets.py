@@ -146,14 +146,15 @@ LATENT_JOBS = (
 
 
 N_CACHING_STEPS = 20
-"""Steps of a job that is run only to fill the compiler's cache; a step is compiled and captured in the first few."""
+"""Steps of a job that is run only to fill the caches of compilers; a step is compiled and captured in the first few."""
 
 
 def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
-    """The same for latent priors of the published sizes, read from disk; the files are in the system's cache by then.
+    """The same for latent priors of the published sizes, read from disk; the files are in the system's cache by then, and a
+    short job, which has its own row, has filled the caches of compilers.
 
     Args:
-        compiles: Compile the networks of jobs that can gain from it; a short job fills the compiler's cache first.
+        compiles: Compile the networks of jobs that can gain from it.
     """
     report.begin(
         "asset, latent priors",
@@ -183,8 +184,7 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
                 options += ["--set", f"{key}={value}"]
             preset = "draft" if report.is_small else "standard"
             device, n_threads = report.device.type, torch.get_num_threads()
-            caching = [min(n_steps, N_CACHING_STEPS)] if is_compiled else []
-            for n in [*caching, n_steps]:
+            for n in [min(n_steps, N_CACHING_STEPS), n_steps]:
                 figures = run_job(
                     picture, preset, device, n_threads, options=(*options, "--set", f"optimize.n_steps={n}")
                 )

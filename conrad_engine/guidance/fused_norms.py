@@ -27,8 +27,8 @@ def _kernels() -> ModuleType | None:
 
 
 class FusedGroupNorm(nn.Module):
-    """Stands for an `nn.GroupNorm` whose weights never change again, for the addition of `shift` before it, and for a SiLU after
-    it if `silu`.
+    """Stands for an `nn.GroupNorm` whose weights never change again, for the addition of `shift` before it, and for a SiLU
+    after it if `silu`.
 
     Fast for channels-last pictures on CUDA, where its result can be differentiated once; the library's own elsewhere.
     """
