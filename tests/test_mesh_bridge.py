@@ -2,11 +2,13 @@
 
 import math
 
+import mcubes
 import numpy as np
 from scipy.ndimage import label
 
 from conrad_engine.cameras import orbit_camera
 from conrad_engine.mesh.bridge import ANY_NEIGHBOR, MAX_GAP, join_parts
+from conrad_engine.mesh.clean import face_components
 
 LOW, CELL, N = np.array([-1.0, -1, -1]), 2 / 47, 48
 CAMERA = orbit_camera(0.0, 0.0, 4.0, math.radians(40), 200)
@@ -42,10 +44,28 @@ def test_a_floater_hidden_behind_the_body_stays_apart():
 
 
 def test_rods_end_at_the_silhouette():
-    values = np.maximum(ball([-0.5, 0, 0], 0.3), ball([0.5, 0, 0], 0.3))
+    values = np.maximum(ball([-0.5, 0, 0], 0.4), ball([0.5, 0, 0], 0.4))
     hull = np.where(np.abs(grid_points()[..., 0]) < 0.08, -1.0, 1.0)
     joined = join_parts(values, hull, CELL, LOW, [CAMERA], MAX_GAP * N)
     assert n_parts(joined) == 2 and joined[hull < 0].max() < 0
+    assert ((joined > 0) & (values <= 0)).any(), "there is a rod on either side"
+
+
+def test_a_rod_goes_where_the_silhouette_is_narrower_than_a_cell():
+    values = np.maximum(ball([-0.5, 0, 0], 0.4), ball([0.5, 0, 0], 0.4))
+    hull = np.where(np.abs(grid_points()[..., 0]) < 0.08, -0.5 * CELL, 1.0)
+    joined = join_parts(np.minimum(values, hull), hull, CELL, LOW, [CAMERA], MAX_GAP * N)
+    assert n_parts(joined) == 1
+    assert joined[hull < 0].max() <= 0.5 * CELL, "no farther out than a cell"
+
+
+def test_parts_that_touch_at_a_corner_are_tied_together():
+    values = np.full((N, N, N), -CELL)
+    values[8:20, 20:28, 8:20] = values[20:40, 20:28, 20:40] = CELL
+    assert n_parts(values) == 1 and label(values > 0)[1] == 2, "one part by its cells, two by its surface"
+    joined = join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA], MAX_GAP * N)
+    vertices, faces = mcubes.marching_cubes(joined, 0.0)
+    assert face_components(faces.astype(np.int32), len(vertices)).max() == 0
 
 
 def test_dust_and_far_parts_are_left():

@@ -1,7 +1,7 @@
 """Joining the parts of a surface that belong to one object: a slat that is broken in the middle, a ball on a thin rod.
 
 The result keeps one connected part. What the pictures show of the others must not be lost with them, so each is tied to the
-main part by a thin rod across the shortest gap, where the rod stays inside the silhouettes.
+main part by a thin rod across the shortest gap, as far as the rod stays inside the silhouettes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from ..cameras import Camera
 
 ROD_CELLS = 1.6
 """Radius of a rod: thick enough for marching cubes and for the clean-up after it."""
+SLACK_CELLS = 1.0
+"""How far rods may stand out of the silhouettes: what is narrower than a cell has no cell inside."""
 MAX_GAP = 0.15
 """Longest rod, as a part of the grid's longest side."""
 MIN_CELLS = 12
@@ -43,13 +45,14 @@ def join_parts(
 
     Args:
         values: Signed distances, positive inside, world units.
-        hull: Signed distances to the silhouettes' cones: rods end there.
+        hull: Signed distances to the silhouettes' cones: rods end `SLACK_CELLS` outside.
         cell: Side of a cell, world units.
         low: World position of the first cell.
         cameras: Of the pictures.
         longest_rod: In cells.
     """
-    parts, n_parts = label(values > 0, ANY_NEIGHBOR)
+    # Marching cubes parts what touches only at an edge or a corner.
+    parts, n_parts = label(values > 0)
     if n_parts < 2:
         return values
     counts = np.bincount(parts.ravel())
@@ -60,7 +63,7 @@ def join_parts(
     owners = parts[tuple(points.T)]
     joined = points[owners == order[0]]
     waiting = [k for k in order[1:] if _is_needed(points[owners == k], joined, low, cell, cameras)]
-    values = values.copy()
+    rods = np.full_like(values, -np.inf)
     while waiting:
         tree = cKDTree(joined)
         gaps = []
@@ -72,10 +75,10 @@ def join_parts(
         gap, part, start, end = min(gaps, key=lambda g: g[0])
         if gap > longest_rod:
             break
-        _add_rod(values, start, end, cell)
+        _add_rod(rods, start, end, cell)
         joined = np.concatenate([joined, points[owners == part]])
         waiting = [k for k in waiting if k != part]
-    return np.minimum(values, hull)
+    return np.maximum(np.minimum(values, hull), np.minimum(rods, hull + SLACK_CELLS * cell))
 
 
 def _is_needed(part: np.ndarray, main: np.ndarray, low: np.ndarray, cell: float, cameras: list[Camera]) -> bool:
