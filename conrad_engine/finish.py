@@ -264,7 +264,7 @@ def reference_measures(
     training = state.constrained.views[0].picture
     numbers = {}
     for name, shown, picture in (("training", training, trained), ("full", seen, field_picture)):
-        inside = (shown.mask[0] > 0.99).cpu().numpy()
+        inside = measure.solid_pixels(shown.mask[0].cpu().numpy())
         wanted = shown.rgb.permute(1, 2, 0).cpu().numpy()
         numbers[f"field_psnr_{name}"] = measure.psnr(picture.on(0.0).cpu().numpy(), wanted, inside)
         numbers[f"field_opacity_{name}"] = float(picture.opacities.cpu().numpy()[inside].mean())
@@ -273,7 +273,8 @@ def reference_measures(
     mask = seen.mask[0].numpy() > 0.5
     ours = rendered[..., 3] > 0.5
     wanted = seen.rgb.permute(1, 2, 0).numpy()
-    numbers["mesh_psnr"] = measure.psnr(rendered[..., :3] * rendered[..., 3:], wanted, seen.mask[0].numpy() > 0.99)
+    inside = measure.solid_pixels(seen.mask[0].numpy())
+    numbers["mesh_psnr"] = measure.psnr(rendered[..., :3] * rendered[..., 3:], wanted, inside)
     numbers["mesh_psnr_common"] = measure.psnr(rendered[..., :3], wanted, mask & ours)
     numbers["mesh_iou"] = measure.mask_iou(ours, mask)
     return numbers

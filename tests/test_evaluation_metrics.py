@@ -72,6 +72,12 @@ def test_empty_masks() -> None:
     assert scores["iou"] == 1 and math.isnan(scores["foreground"])
 
 
+def test_solid_pixels_of_a_soft_mask_and_of_a_hair() -> None:
+    mask = np.array([0.0, 0.4, 1.0, 0.995, 0.6])
+    assert metrics.solid_pixels(mask).tolist() == [False, False, True, True, False]
+    assert metrics.solid_pixels(mask * 0.5).tolist() == [False, False, True, False, False]
+
+
 def test_gradient_energy_of_a_ramp_and_of_the_outline() -> None:
     rgba = np.zeros((32, 32, 4))
     rgba[4:28, 4:28, 3] = 1

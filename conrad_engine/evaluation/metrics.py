@@ -35,6 +35,11 @@ def mask_of(rgba: np.ndarray) -> np.ndarray:
     return rgba[..., 3] > 0.5
 
 
+def solid_pixels(mask: np.ndarray) -> np.ndarray:
+    """Where a soft mask is the object alone; of an object that is thinner than a pixel, where it shows the most of it."""
+    return mask > 0.99 if mask.max() > 0.99 else mask == mask.max()
+
+
 def psnr_from_mse(mean_squared_error: float) -> float:
     """Decibels for pictures in [0, 1], at most 60."""
     return float(-10 * np.log10(max(float(mean_squared_error), MIN_SQUARED_ERROR)))
