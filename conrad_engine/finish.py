@@ -27,7 +27,7 @@ from .guidance.interfaces import ReferencePicture
 from .mesh.bake import Photo, bake_texture
 from .mesh.clean import clean_mesh
 from .mesh.extract import SurfaceView, extract_mesh
-from .mesh.glb import load_writer, write_glb, write_obj, write_ply, write_texture
+from .mesh.glb import write_glb, write_obj, write_ply, write_texture
 from .mesh.mesh import Mesh, TexturedMesh
 from .mesh.raster import render_mesh, render_with_depth
 from .mesh.unwrap import unwrap
@@ -101,7 +101,6 @@ def finish(
     seen = view.resized(MEASURED_PICTURE)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads, _set_on_error(Event()) as is_stopped:
         # Much of what follows keeps a single core busy; meanwhile the others do what does not wait for it.
-        threads.submit(load_writer)
         model = threads.submit(DetailModel, device, config.mesh.detail_weights) if n_views else None
         show_field = partial(threads.submit, render_field, state, full, seen, config, is_stopped)
         # On a GPU it is short and only takes turns with what leads to the GLB.

@@ -130,6 +130,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         if is_resumed:
             monitor.progress(Progress("optimize", state.step, n_total_steps(config)))
         seconds = {"prepare": time.monotonic() - started}
+        Thread(target=load_writer, daemon=True).start()  # there is time while what follows computes outside of Python
         # A job stopped early and only made into a mesh again needs no prior.
         if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:
             priors = _priors(config, inputs, device, folder, is_resumed, monitor)
@@ -138,7 +139,6 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
                 save(state)
-            Thread(target=load_writer, daemon=True).start()  # while the optimisation waits for its device
             with helped(config.optimize.n_gpus, device, help_optimize, job, folder) as ranks:
                 optimize(state, priors, frame.condition, config, monitor, save, show, ranks)
         seconds["optimize"] = time.monotonic() - started - sum(seconds.values())

@@ -76,6 +76,11 @@ class PlainResidual(nn.Module):
         super().__init__()
         self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
         self.nonlinearity, self.conv_shortcut = block.nonlinearity, block.conv_shortcut
+        shortcut = self.conv_shortcut
+        if shortcut is not None and shortcut.bias is not None and self.conv2.bias is not None:
+            # Both results are added, and each bias is a pass over memory.
+            shortcut.bias = nn.Parameter(shortcut.bias.detach() + self.conv2.bias.detach(), requires_grad=False)
+            self.conv2.bias = None
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -85,13 +90,6 @@ class PlainResidual(nn.Module):
             return False
         changes = block.time_emb_proj, block.upsample, block.downsample
         return all(change is None for change in changes) and block.output_scale_factor == 1
-
-    def merge_biases(self) -> None:
-        """Of the two convolutions whose results are added: each bias is a pass over memory."""
-        shortcut, conv = self.conv_shortcut, self.conv2
-        if shortcut is not None and shortcut.bias is not None and conv.bias is not None:
-            shortcut.bias = nn.Parameter(shortcut.bias.detach() + conv.bias.detach(), requires_grad=False)
-            conv.bias = None
 
     def forward(self, x: Float[Tensor, "n c h w"], temb: Tensor | None = None) -> Float[Tensor, "n d h w"]:
         """`temb` as in `PlainAttention`."""

@@ -55,9 +55,8 @@ def fuse_norms(network: nn.Module) -> None:
         if _is_residual_block(module):
             shift = None
             if isinstance(module, PlainResidual):
-                # The first convolution's bias is added by the norm that reads it, the second's by the shortcut's convolution.
+                # Added by the norm that reads it, the first convolution's bias is no pass over memory of its own.
                 shift, module.conv1.bias = module.conv1.bias, None
-                module.merge_biases()
             module.norm1, module.norm2 = FusedGroupNorm(module.norm1, True), FusedGroupNorm(module.norm2, True, shift)
             if module.time_emb_proj is not None and not module.skip_time_act:
                 # The block uses its activation here, too.
