@@ -4,6 +4,9 @@ The library's group norm has no kernel for channels-last memory, so it rearrange
 the normalised picture only for SiLU to read it again. Here a picture is read twice and written once; its backward pass reads
 picture and gradient twice and writes once.
 
+Constants of the compilers are only what loads and tiles need. Pixels, rounds and chunks are arguments that they know nothing
+of: a job's networks normalise in 9 widths but in some 30 shapes, and every further kernel costs it a third of a second.
+
 The picture is x + s, s being the bias of the convolution before it, whose own addition would be a pass over memory.
 With u = w x̂ + b, x̂ = (x + s - mean) / std over a group's channels and all pixels, y = SiLU(u), and g = w dL/du:
 dL/dx = (g - ⟨g⟩ - x̂ ⟨g x̂⟩) / std, ⟨⟩ being the mean over the group.
@@ -23,7 +26,7 @@ from torch.autograd.function import once_differentiable
 TILE = 4096
 """Elements of a picture that a program holds at once."""
 MAX_CHUNKS = 256
-"""Programs that share the sums of one picture."""
+"""Programs that share the sums of one picture; a power of two."""
 
 
 @triton.jit
@@ -55,18 +58,18 @@ def _normalised(x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, picture, offs
     return normal, normal * weight + bias, weight, inverse
 
 
-@triton.jit
-def _sums(x_ptr, gradient_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, sums_ptr, n_pixels,
+@triton.jit(do_not_specialize=["n_pixels", "n_rounds"])
+def _sums(x_ptr, gradient_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, sums_ptr, n_pixels, n_rounds,
           N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-          ROUNDS: tl.constexpr, SILU: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+          SILU: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     """Per channel and chunk of pixels: Σx and Σx², or for the backward pass Σg and Σg x̂."""
     chunk = tl.program_id(0)
     picture = tl.program_id(1)
     columns = tl.arange(0, COLUMNS)
     one = tl.zeros([ROWS, COLUMNS], tl.float32)
     two = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(ROUNDS):
-        rows = (chunk * ROUNDS + k) * ROWS + tl.arange(0, ROWS)
+    for k in range(n_rounds):
+        rows = (chunk * n_rounds + k) * ROWS + tl.arange(0, ROWS)
         offsets, exists = _tile(rows, columns, n_pixels, picture * n_pixels, N_CHANNELS)
         if BACKWARD:
             normal, u, weight, _ = _normalised(
@@ -97,19 +100,19 @@ def _sums(x_ptr, gradient_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, sums_
     tl.store(target + N_CHANNELS, tl.sum(two, 0), mask=columns < N_CHANNELS)
 
 
-@triton.jit
-def _statistics(sums_ptr, stats_ptr, count, epsilon, N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr,
-                COLUMNS: tl.constexpr, N_CHUNKS: tl.constexpr, CHUNKS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["n_chunks"])
+def _statistics(sums_ptr, stats_ptr, n_chunks, count, epsilon, N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr,
+                COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     """Of one group: mean and 1/std, or for the backward pass both means."""
     group = tl.program_id(0)
     picture = tl.program_id(1)
     columns = tl.arange(0, COLUMNS)[None, :]
     one = tl.zeros([CHUNKS, COLUMNS], tl.float32)
     two = tl.zeros([CHUNKS, COLUMNS], tl.float32)
-    for first in range(0, N_CHUNKS, CHUNKS):
+    for first in range(0, n_chunks, CHUNKS):
         chunks = first + tl.arange(0, CHUNKS)[:, None]
-        exists = (chunks < N_CHUNKS) & (columns < IN_GROUP)
-        source = sums_ptr + (picture * N_CHUNKS + chunks) * 2 * N_CHANNELS + group * IN_GROUP + columns
+        exists = (chunks < n_chunks) & (columns < IN_GROUP)
+        source = sums_ptr + (picture * n_chunks + chunks) * 2 * N_CHANNELS + group * IN_GROUP + columns
         one += tl.load(source, mask=exists, other=0.0)
         two += tl.load(source + N_CHANNELS, mask=exists, other=0.0)
     a = tl.sum(tl.sum(one, 1), 0) / count
@@ -121,7 +124,7 @@ def _statistics(sums_ptr, stats_ptr, count, epsilon, N_CHANNELS: tl.constexpr, I
     tl.store(target + 1, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pixels"])
 def _apply(x_ptr, gradient_ptr, stats_ptr, means_ptr, shift_ptr, weight_ptr, bias_ptr, out_ptr, n_pixels,
            N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
            SILU: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
@@ -180,14 +183,14 @@ class _Launch:
                    epsilon: float, is_backward: bool) -> Float[Tensor, "n groups 2"]:  # fmt: skip
         sums = torch.empty(self.n, self.n_chunks, 2, self.n_channels, device=x.device)
         _sums[self.n_chunks, self.n](
-            x, gradient, stats, *vectors, sums, self.n_pixels, N_CHANNELS=self.n_channels, IN_GROUP=self.in_group,
-            COLUMNS=self.columns, ROWS=self.rows, ROUNDS=self.rounds, SILU=silu, BACKWARD=is_backward,
+            x, gradient, stats, *vectors, sums, self.n_pixels, self.rounds, N_CHANNELS=self.n_channels,
+            IN_GROUP=self.in_group, COLUMNS=self.columns, ROWS=self.rows, SILU=silu and is_backward, BACKWARD=is_backward,
         )  # fmt: skip
         found = torch.empty(self.n, self.n_groups, 2, device=x.device)
+        columns = triton.next_power_of_2(self.in_group)
         _statistics[self.n_groups, self.n](
-            sums, found, float(self.n_pixels * self.in_group), epsilon, N_CHANNELS=self.n_channels,
-            IN_GROUP=self.in_group, COLUMNS=triton.next_power_of_2(self.in_group), N_CHUNKS=self.n_chunks, CHUNKS=32,
-            BACKWARD=is_backward,
+            sums, found, self.n_chunks, float(self.n_pixels * self.in_group), epsilon, N_CHANNELS=self.n_channels,
+            IN_GROUP=self.in_group, COLUMNS=columns, CHUNKS=min(MAX_CHUNKS, TILE // columns), BACKWARD=is_backward,
         )  # fmt: skip
         return found
 
