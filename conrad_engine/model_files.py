@@ -133,6 +133,11 @@ def has_weights(files: list[str], component: str) -> bool:
     return f"{component}/config.json" in files
 
 
+def is_xl(folder: Path) -> bool:
+    """Whether a model in diffusers layout has XL's second text encoder."""
+    return (folder / "text_encoder_2").is_dir()
+
+
 def trusted_file(path: str, weights: WeightsConfig) -> Path:
     """A single local weight file that may be opened.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -132,6 +133,15 @@ def test_xl_keeps_its_autoencoder_in_float32(tmp_path):
     assert guidance.distiller.space.vae.dtype == torch.float32
     assert guidance.distiller.network.dtype == torch.float16
     assert guidance.pipeline.text_encoder.dtype == torch.float32, "it stays on the CPU with this preset"
+
+
+def test_other_autoencoders_run_in_float16_whatever_their_settings_repeat(tmp_path):
+    folder = tiny.write_stable_diffusion(tmp_path / "sd1")
+    settings = folder / "vae" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"force_upcast": True}))
+    weights = WeightsConfig(precision="float16", memory="8")
+    guidance = make_guidance(StableDiffusionConfig(model=str(folder), weights=weights), CPU)
+    assert guidance.distiller.space.vae.dtype == torch.float16
 
 
 def test_scale_one_is_the_conditional_prediction(folder):

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import WeightsConfig
-from ..model_files import DTYPES, load_component, model_folder
+from ..model_files import DTYPES, is_xl, load_component, model_folder
 from .frozen_encoder import rewrite_encoder
 from .fused_norms import fuse_norms
 from .memory import MemoryPlan
@@ -148,8 +148,10 @@ def load_latent_space(folder: Path, weights: WeightsConfig, device: torch.device
     if weights.tiny_autoencoder:
         tiny = model_folder(weights.tiny_autoencoder, ("",), weights)
         return LatentSpace(load_component(tiny, "", AutoencoderTiny, dtype, weights), device)
-    # Some autoencoders (XL's) overflow in float16 and say so in their settings.
-    if dtype == torch.float16 and AutoencoderKL.load_config(folder, subfolder="vae").get("force_upcast", False):
+    # XL's autoencoder overflows in float16 unless its settings say otherwise. In other models' settings the same word is only
+    # diffusers' default, written there by whoever saved them anew, and diffusers does not heed it either.
+    needs_float32 = is_xl(folder) and AutoencoderKL.load_config(folder, subfolder="vae").get("force_upcast", True)
+    if dtype == torch.float16 and needs_float32:
         dtype, weights = torch.float32, replace(weights, precision="float32")
     return LatentSpace(load_component(folder, "vae", AutoencoderKL, dtype, weights), device)
 

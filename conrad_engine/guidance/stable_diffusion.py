@@ -15,7 +15,7 @@ from ..cameras import Camera
 from ..config import StableDiffusionConfig, WeightsConfig
 from ..errors import GuidanceError, InputError
 from ..known_models import license_of
-from ..model_files import DTYPES, load_component, model_folder, require_diffusers, trusted_file, with_precision
+from ..model_files import DTYPES, is_xl, load_component, model_folder, require_diffusers, trusted_file, with_precision
 from . import sds
 from .distill import Denoiser, Distiller, Draws, NoiseSchedule
 from .interfaces import GuidanceResult, ReferencePicture
@@ -221,11 +221,6 @@ def _make_pipeline(
         _add_ip_adapter(pipeline, config, weights)
         pipeline.image_encoder.to(encoder_dtype)
     return pipeline
-
-
-def is_xl(folder: Path) -> bool:
-    """Whether a model in diffusers layout has XL's second text encoder."""
-    return (folder / "text_encoder_2").is_dir()
 
 
 def _add_ip_adapter(pipeline: Any, config: StableDiffusionConfig, weights: WeightsConfig) -> None:
