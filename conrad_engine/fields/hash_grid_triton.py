@@ -26,6 +26,10 @@ PAIRS = True
 MERGED_RESOLUTION = 200
 """Levels with fewer vertices a side have their runs summed first: finer cells are seldom shared by neighboring samples."""
 
+COUNTS = ["n_points", "first_level"]
+"""Arguments that the compiler is told nothing about: it would make the same code again, half a second to a second each time,
+for numbers that divide by 16 and for those that do not."""
+
 
 @triton.jit
 def _level(scale_ptr, extent_ptr, level):
@@ -81,7 +85,7 @@ def _features(table_ptr, row, live, HALF: tl.constexpr):
     return a, b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward(
     x_ptr, table_ptr, out_ptr, scale_ptr, extent_ptr, weight_ptr, n_points, stride_point, stride_axis,
     BLOCK: tl.constexpr, HALF: tl.constexpr, SMOOTH: tl.constexpr,
@@ -156,7 +160,7 @@ def _add_edge(grad_ptr, low, high, low_a, low_b, high_a, high_b, writes, PAIRS: 
     _add_row(grad_ptr, high, high_a, high_b, writes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_table(
     x_ptr, grad_out_ptr, grad_ptr, scale_ptr, extent_ptr, weight_ptr, first_level, n_points, stride_point, stride_axis,
     BLOCK: tl.constexpr, SMOOTH: tl.constexpr, RUNS: tl.constexpr, PAIRS: tl.constexpr,
@@ -203,7 +207,7 @@ def _backward_table(
             _add_edge(grad_ptr, low, high, low_a, low_b, high_a, high_b, writes, PAIRS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_positions(
     x_ptr, table_ptr, grad_out_ptr, grad_ptr, scale_ptr, extent_ptr, weight_ptr, n_points,
     stride_point, stride_axis, N_LEVELS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, SMOOTH: tl.constexpr,
