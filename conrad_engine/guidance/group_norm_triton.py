@@ -4,8 +4,8 @@ The library's group norm has no kernel for channels-last memory, so it rearrange
 the normalised picture only for SiLU to read it again. Here a picture is read twice and written once; its backward pass reads
 picture and gradient twice and writes once.
 
-Constants of the compilers are only what loads and tiles need. Pixels, rounds and chunks are arguments that they know nothing
-of: a job's networks normalise in 9 widths but in some 30 shapes, and every further kernel costs it a third of a second.
+Constants of the compiler are only what loads and tiles need. Pixels, rounds and chunks are arguments that it is told nothing
+about: a Zero123 job has 42 kernels, at 0.2 s each, where it had 70 when every shape of a layer was a constant.
 
 The picture is x + s, s being the bias of the convolution before it, whose own addition would be a pass over memory.
 With u = w x̂ + b, x̂ = (x + s - mean) / std over a group's channels and all pixels, y = SiLU(u), and g = w dL/du:
