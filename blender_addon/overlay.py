@@ -28,12 +28,15 @@ MAX_TURN_DEG = 60.0
 MARGIN = 0.75
 """Half of the shown window, in sizes of the object around its center."""
 
-_handle: object | None = None
+_handles: list[object] = []
 _texture: gpu.types.GPUTexture | None = None
 _shown: Preview | None = None
 _pending: Preview | None = None
 _is_waiting = False
-"""A job's first texture was made and waits for another drawing of the view."""
+"""What was done for a job's first picture was enough for one drawing of the view; the rest waits for another."""
+_rehearsed: gpu.types.GPUTexture | None = None
+"""The texture whose drawing the driver has compiled."""
+_are_corners_compiled = False
 _serial = 0
 _asked: tuple = ()
 _asked_at = 0.0
@@ -58,8 +61,8 @@ def _take(events: list[Event]) -> None:
 
 def clear() -> None:
     """Show nothing any more."""
-    global _texture, _shown, _pending, _asked, _is_waiting
-    _texture = _shown = _pending = None
+    global _texture, _rehearsed, _shown, _pending, _asked, _is_waiting
+    _texture = _rehearsed = _shown = _pending = None
     _asked, _is_waiting = (), False
 
 
@@ -181,37 +184,77 @@ def corners(preview: Preview, center: np.ndarray) -> list[Vector]:
     return found
 
 
-def _draw() -> None:
-    """Draw handler of every 3D view; reads state, changes nothing but the texture."""
-    global _texture, _shown, _pending, _is_waiting
-    job = _watched_job()
-    context = bpy.context
-    settings = context.scene.conrad
-    if job is None or not settings.use_overlay or not job.notes.setup:
+def _prepare() -> None:
+    """Called before every 3D view is drawn: makes the newest preview a texture, and has the driver compile its drawing.
+
+    A driver compiles at a first drawing, software GL for 40 ms. While it draws the view its threads take the processor from
+    that, so this comes before. A job's first picture is made ready in three drawings of the view.
+    """
+    global _texture, _rehearsed, _shown, _is_waiting, _are_corners_compiled
+    job = _drawn_job()
+    if job is None or _is_waiting:
         return
-    if _pending is not None and _pending is not _shown and _pending.c2w:
-        _is_waiting = _texture is None
+    # Newer ones wait until the first one is shown: to make them as well would be felt.
+    is_first_on_its_way = _shown is not None and _shown.job == job.id and _rehearsed is None
+    if _pending is not None and _pending is not _shown and _pending.c2w and not is_first_on_its_way:
+        _is_waiting = _rehearsed is None
         _texture, _shown = _make_texture(_pending), _pending
         if _is_waiting:
-            # The driver compiles at the first drawing: making the texture as well would be felt.
             return
-    if _texture is None or _shown is None or _shown.job != job.id:
+    if _texture is None or _texture is _rehearsed or _shown.job != job.id:
         return
-    center = np.array(job.notes.setup["object_center"])
-    forward = np.array(context.region_data.view_matrix)[2, :3]
-    if forward @ np.array(_shown.c2w).reshape(4, 4)[:3, 2] < np.cos(np.radians(MAX_TURN_DEG)):
+    if _are_corners_compiled:
+        # Now, so that the picture is shown whatever becomes of this.
+        _rehearsed = _texture
+        _rehearse(job, has_colors=True)
+    else:
+        # Without colors the driver compiles what becomes of the corners, and little else.
+        _are_corners_compiled = _is_waiting = True
+        _rehearse(job, has_colors=False)
+
+
+def _rehearse(job: Job, has_colors: bool) -> None:
+    """Draw the picture beside the view, into buffers of its formats: a driver compiles once more for others."""
+    color, depth = (gpu.types.GPUTexture((8, 8), format=name) for name in ("SRGB8_A8", "DEPTH_COMPONENT32F"))
+    with gpu.types.GPUFrameBuffer(color_slots=color, depth_slot=depth).bind():
+        gpu.state.color_mask_set(*[has_colors] * 4)
+        try:
+            _draw_picture(job)
+        finally:
+            gpu.state.color_mask_set(True, True, True, True)
+
+
+def _drawn_job() -> Job | None:
+    """The job whose pictures stand in the 3D views."""
+    job = _watched_job()
+    return job if job is not None and bpy.context.scene.conrad.use_overlay and job.notes.setup else None
+
+
+def _draw() -> None:
+    """Called after every 3D view was drawn; reads state, changes nothing."""
+    job = _drawn_job()
+    if job is None or _texture is None or _texture is not _rehearsed or _shown.job != job.id:
         return
+    forward = np.array(bpy.context.region_data.view_matrix)[2, :3]
+    if forward @ np.array(_shown.c2w).reshape(4, 4)[:3, 2] >= np.cos(np.radians(MAX_TURN_DEG)):
+        _draw_picture(job)
+
+
+def _draw_picture(job: Job) -> None:
     shader = gpu.shader.from_builtin("IMAGE_COLOR")
     batch = batch_for_shader(
         shader,
         "TRI_FAN",
-        {"pos": corners(_shown, center), "texCoord": ((0, 0), (1, 0), (1, 1), (0, 1))},
+        {
+            "pos": corners(_shown, np.array(job.notes.setup["object_center"])),
+            "texCoord": ((0, 0), (1, 0), (1, 1), (0, 1)),
+        },
     )
     gpu.state.blend_set("ALPHA")
     gpu.state.depth_test_set("NONE")
     shader.bind()
     shader.uniform_sampler("image", _texture)
-    shader.uniform_float("color", (1.0, 1.0, 1.0, settings.overlay_opacity))
+    shader.uniform_float("color", (1.0, 1.0, 1.0, bpy.context.scene.conrad.overlay_opacity))
     batch.draw(shader)
     gpu.state.blend_set("NONE")
 
@@ -238,21 +281,19 @@ def _make_texture(preview: Preview) -> gpu.types.GPUTexture:
 
 
 def register() -> None:
-    global _handle
     link.listeners.append(_take)
     link.steps.append(_step)
     if not bpy.app.background:
-        _handle = bpy.types.SpaceView3D.draw_handler_add(_draw, (), "WINDOW", "POST_VIEW")
+        for function, when in ((_prepare, "PRE_VIEW"), (_draw, "POST_VIEW")):
+            _handles.append(bpy.types.SpaceView3D.draw_handler_add(function, (), "WINDOW", when))
 
 
 def unregister() -> None:
-    global _handle
     if _take in link.listeners:
         link.listeners.remove(_take)
     if _step in link.steps:
         link.steps.remove(_step)
-    if _handle is not None:
-        bpy.types.SpaceView3D.draw_handler_remove(_handle, "WINDOW")
-        _handle = None
+    while _handles:
+        bpy.types.SpaceView3D.draw_handler_remove(_handles.pop(), "WINDOW")
     clear()
     _last_keys.clear()

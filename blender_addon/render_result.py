@@ -35,7 +35,7 @@ AS_FLOATS = {
     "file_format": "OPEN_EXR", "color_mode": "RGBA", "color_depth": "32", "exr_codec": "NONE",
     "views_format": "INDIVIDUAL",
 }  # fmt: skip
-"""Half floats take Blender twice as long, and compression longer."""
+"""Half floats take Blender two to three times as long, and compression longer. No alpha would save it a sixth to a quarter."""
 
 
 def pixels(image: bpy.types.Image, scene: bpy.types.Scene) -> Steps:

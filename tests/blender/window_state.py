@@ -51,9 +51,12 @@ def timed_tick(pump: Callable[[], float | None]) -> Callable[[], float | None]:
     return call
 
 
-def drawn() -> None:
-    with timed("overlay"):
-        import_module(f"{MODULE}.overlay")._draw()
+def timed_handler(name: str, handler: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        with timed(name):
+            handler()
+
+    return call
 
 
 def watch() -> None:
@@ -66,8 +69,11 @@ def watch() -> None:
                     setattr(cls, method, timed_method(f"{cls.__name__}.{method}", getattr(cls, method)))
     link = import_module(f"{MODULE}.link")
     link.pump = timed_tick(link.pump)
-    bpy.types.SpaceView3D.draw_handler_remove(overlay._handle, "WINDOW")
-    overlay._handle = bpy.types.SpaceView3D.draw_handler_add(drawn, (), "WINDOW", "POST_VIEW")
+    # They are registered once more, with the clock around them.
+    overlay.unregister()
+    overlay._prepare = timed_handler("overlay before a view", overlay._prepare)
+    overlay._draw = timed_handler("overlay", overlay._draw)
+    overlay.register()
 
 
 def prepare() -> None:
@@ -224,7 +230,7 @@ def tell() -> float:
         "job": job.state_name if job else "",
         "step": job.steps[0] if job else 0,
         "serial": job.preview.serial if job and job.preview else 0,
-        "is_drawn": overlay._shown is not None,
+        "is_drawn": overlay._rehearsed is not None,
         "made": [item.name for item in bpy.data.objects if item.get("conrad_job")],
         "n_undone": len(bpy.data.objects),
         "mode": bpy.context.window_manager.windows[0].view_layer.objects.active.mode
