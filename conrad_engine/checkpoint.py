@@ -13,7 +13,7 @@ import torch
 
 from .config import PipelineConfig
 from .errors import InputError
-from .files import write_atomic
+from .files import BackgroundWriter
 from .state import State
 
 CHECKPOINT_VERSION = 1
@@ -38,16 +38,16 @@ def _shape(config: PipelineConfig) -> dict:
     }
 
 
-def save_checkpoint(folder: Path, state: State, config: PipelineConfig, inputs: str) -> None:
-    """Write the state atomically.
+def save_checkpoint(folder: Path, state: State, config: PipelineConfig, inputs: str, writer: BackgroundWriter) -> None:
+    """Write the state as it is now, atomically, beside what follows.
 
     Raises:
-        InputError: The folder cannot be written; an older checkpoint is untouched.
+        InputError: The checkpoint before could not be written; an older one is untouched.
     """
     buffer = io.BytesIO()
     content = {"version": CHECKPOINT_VERSION, "inputs": inputs, "shape": _shape(config), "state": state.to_dict()}
     torch.save(content, buffer)
-    write_atomic(folder / FILE_NAME, buffer.getbuffer())
+    writer.write(folder / FILE_NAME, buffer.getbuffer())
 
 
 def load_checkpoint(folder: Path, state: State, config: PipelineConfig, inputs: str) -> bool:

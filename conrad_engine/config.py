@@ -209,7 +209,7 @@ class OptimizeConfig:
     n_gpus: int = 1
     """GPUs that share the views of a step, which they must divide; on a CPU, processes."""
     checkpoint_every: int = 50
-    """Steps between checkpoints; more, where writing them would take more than a twentieth of the time."""
+    """Steps between checkpoints; more, where steps are fast: there are at least five seconds between two."""
 
     def __post_init__(self) -> None:
         _check(

@@ -6,7 +6,10 @@ import errno
 import json
 import os
 import tempfile
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from threading import Thread
+from types import TracebackType
 from typing import Any
 
 from .errors import InputError
@@ -60,6 +63,55 @@ def write_atomic(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise writing_failed(path, error) from None
+
+
+class BackgroundWriter:
+    """Writes files beside other work, one after the other; the end of its block waits for the last."""
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+        self._error: InputError | None = None
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Begin to write a file as `write_atomic` does, once the one before is written.
+
+        Args:
+            content: Must not change any more.
+
+        Raises:
+            InputError: The file before could not be written.
+        """
+        self.wait()
+        self._thread = Thread(target=self._write, args=(path, content))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            InputError: It could not be.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, path: Path, content: bytes) -> None:
+        try:
+            write_atomic(path, content)
+        except InputError as error:
+            self._error = error
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(InputError) if kind is not None else nullcontext():
+            self.wait()
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -25,8 +25,8 @@ READ_EVERY = 10
 MAX_BAD_STEPS = 10
 """Non-finite steps in a row that end the run."""
 PAUSE_S = 0.05
-SAVE_SHARE = 0.05
-"""Most of the time that may go into checkpoints: one of a hash grid is 140 MB, which a slow drive takes seconds for."""
+SAVE_EVERY_S = 5.0
+"""Least time between two checkpoints on the way: one of a hash grid is 140 MB."""
 COMMANDS = tuple(Command)
 
 
@@ -89,9 +89,9 @@ def optimize(
         eta_s = (time.monotonic() - started) / (state.step - first_step) * (n_total - state.step)
         monitor.progress(Progress("optimize", state.step, n_total, eta_s, terms, memory_bytes(state.device)))
         is_due = state.step % config.optimize.checkpoint_every == 0 and state.step < n_total
-        if is_due and (begun := time.monotonic()) >= save_after:
+        if is_due and (now := time.monotonic()) >= save_after:
             save(state)
-            save_after = time.monotonic() + (time.monotonic() - begun) / SAVE_SHARE
+            save_after = now + SAVE_EVERY_S
         show(state)
     save(state)
 

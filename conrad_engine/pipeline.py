@@ -39,7 +39,7 @@ from .elevation import ElevationGuess, guess_elevation
 from .elevation import elevation_of_picture as elevation_of_picture  # a question that workers pass on to us
 from .errors import Cancelled, InputError
 from .fields.radiance_field import make_field
-from .files import make_folder, write_json
+from .files import BackgroundWriter, make_folder, write_json
 from .finish import Finished, finish
 from .guidance import make_guidance, make_likeness
 from .guidance.embedded.prior import EmbeddedPrior
@@ -118,7 +118,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
     wake(device)
     n_threads = set_threads(config.threads)
     torch.set_float32_matmul_precision("high")  # the field's networks on a GPU's tensor cores
-    with _log_file(folder):
+    with _log_file(folder), BackgroundWriter() as writer:
         log.info("ConRad engine %s on %s with %d threads, preset %s", __version__, device, n_threads, config.preset)
         monitor.progress(Progress("prepare", 0, 1))
         inputs = _prepare(job, monitor, device)
@@ -135,10 +135,11 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:
             priors = _priors(config, inputs, device, folder, is_resumed, monitor)
             seconds["load"] = time.monotonic() - started - seconds["prepare"]
-            save = lambda s: save_checkpoint(folder, s, config, inputs.fingerprint)  # noqa: E731
+            save = lambda s: save_checkpoint(folder, s, config, inputs.fingerprint, writer)  # noqa: E731
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
                 save(state)
+            writer.wait()  # for the processes that start from it
             with helped(config.optimize.n_gpus, device, help_optimize, job, folder) as ranks:
                 optimize(state, priors, frame.condition, config, monitor, save, show, ranks)
         seconds["optimize"] = time.monotonic() - started - sum(seconds.values())

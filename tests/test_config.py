@@ -6,7 +6,6 @@ import pytest
 
 from conrad_engine import config as c
 from conrad_engine.errors import InputError
-from conrad_engine.files import make_folder, write_atomic
 
 
 @pytest.mark.parametrize("name", c.PRESETS)
@@ -62,22 +61,3 @@ def test_bad_settings_are_named(name, value, message):
 def test_unknown_preset():
     with pytest.raises(InputError, match="draft, standard, fine"):
         c.preset("best")
-
-
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(InputError, match="disk is full"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_folder_in_the_place_of_a_file(tmp_path):
-    (tmp_path / "x").write_text("")
-    with pytest.raises(InputError, match="choose another folder"):
-        make_folder(tmp_path / "x" / "y")
