@@ -42,8 +42,8 @@ class WeightsConfig:
     memory: str = "auto"
     """Memory preset in GiB: 6, 8, 12, 24, or auto: the largest that fits the device's free memory."""
     compile: bool = False
-    """On a GPU, compile the UNet: steps a tenth faster, for a minute or two before the first one (once: the result is kept);
-    worth it from some thousand steps on."""
+    """On a GPU, compile the UNet and search for fast convolutions: steps a tenth faster, for a minute or two before the first
+    one (once, but for ten seconds: the result is kept); worth it from some thousand steps on."""
     tiny_autoencoder: str = ""
     """Hub id or folder of a tiny autoencoder (`madebyollin/taesd`); empty keeps the model's own. Faster, less exact."""
 

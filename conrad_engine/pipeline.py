@@ -130,10 +130,11 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         if is_resumed:
             monitor.progress(Progress("optimize", state.step, n_total_steps(config)))
         seconds = {"prepare": time.monotonic() - started}
-        Thread(target=load_writer, daemon=True).start()  # there is time while what follows computes outside of Python
         # A job stopped early and only made into a mesh again needs no prior.
         if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:
             priors = _priors(config, inputs, device, folder, is_resumed, monitor)
+            # Now there is time: what follows computes outside of Python.
+            Thread(target=load_writer, daemon=True).start()
             seconds["load"] = time.monotonic() - started - seconds["prepare"]
             save = lambda s: save_checkpoint(folder, s, config, inputs.fingerprint, writer)  # noqa: E731
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731

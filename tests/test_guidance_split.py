@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,9 +52,11 @@ def test_distilling_drawn_numbers_is_the_gradient(configs, name):
     assert [(t.shape, t.dtype) for t in flat(early)] == [(t.shape, t.dtype) for t in flat(late)]
 
 
+@pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("name", ["stable_diffusion", "zero123"])
-def test_only_steps_search_for_fast_convolutions(configs, name):
-    guidance, searches = make_guidance(configs[name], CPU), []
+def test_only_steps_of_jobs_that_compile_search_for_fast_convolutions(configs, name, compiles):
+    weights = replace(configs[name].weights, compile=compiles, memory="24")
+    guidance, searches = make_guidance(replace(configs[name], weights=weights), CPU), []
 
     def look(*_) -> None:
         searches.append(torch.backends.cudnn.benchmark)
@@ -65,7 +69,7 @@ def test_only_steps_search_for_fast_convolutions(configs, name):
     assert not any(searches)
     searches.clear()
     guidance.gradient(rgba, CAMERAS, 0.4)
-    assert searches == [True] * 3  # the autoencoder, the network, and back through the autoencoder
+    assert searches == [compiles] * 3  # the autoencoder, the network, and back through the autoencoder
     assert not torch.backends.cudnn.benchmark
 
 

@@ -137,11 +137,21 @@ class LatentJob:
     write: Callable[[Path, torch.device, bool], Path]
     can_gain: bool
     """Whether it has steps enough to gain from compiled networks once they are in the cache."""
+    settings: dict[str, object] = field(default_factory=dict)
 
 
 LATENT_JOBS = (
     LatentJob("Zero123", "zero123", 600, 4, write_zero123, can_gain=False),
-    LatentJob("SD 2.1", "stable_diffusion", 5000, 1, write_stable_diffusion, can_gain=True),
+    # As in `steps`: DreamFusion's step, which knows no Perp-Neg.
+    LatentJob(
+        "SD 2.1 without Perp-Neg",
+        "stable_diffusion",
+        5000,
+        1,
+        write_stable_diffusion,
+        can_gain=True,
+        settings={"guidance.perp_neg": False},
+    ),
 )
 
 
@@ -176,6 +186,7 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
                 "guidance.strength": 0.01,
                 "guidance.weights.compile": is_compiled,
                 "optimize.n_views": job.n_views,
+                **job.settings,
             }
             if not report.is_small:
                 settings |= {"field.kind": "hash_grid", "field.encoder": "auto", "render.n_samples": 128}

@@ -203,7 +203,7 @@ class Distiller:
         if is_first:
             self.forget()
             self._signature = signature
-        with searched_convolutions():
+        with searched_convolutions(self.config.weights.compile):
             # The next call overwrites what a captured step returns.
             gradient, loss, denoised = self._graphed(*inputs)
         if is_first and rgba.is_cuda:

@@ -21,7 +21,7 @@ from ..config import GuidanceConfig, MixtureConfig, StableDiffusionConfig
 from ..errors import GuidanceError
 from . import sds
 from .interfaces import ReferencePicture
-from .latents import composited, resized, searched_convolutions
+from .latents import composited, resized
 from .stable_diffusion import StableDiffusionGuidance
 
 TOKEN = "<object>"
@@ -73,7 +73,6 @@ def with_learned_word(
     return learned, replace(reference, prompt=prompt)
 
 
-@searched_convolutions()
 def invert_picture(
     reference: ReferencePicture,
     config: StableDiffusionConfig,
