@@ -140,7 +140,8 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
                 save(state)
-            writer.wait()  # for the processes that start from it
+            if config.optimize.n_gpus > 1:
+                writer.wait()  # the other processes start from it
             with helped(config.optimize.n_gpus, device, help_optimize, job, folder) as ranks:
                 optimize(state, priors, frame.condition, config, monitor, save, show, ranks)
         seconds["optimize"] = time.monotonic() - started - sum(seconds.values())
