@@ -6,10 +6,8 @@ import errno
 import json
 import os
 import tempfile
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
 from typing import Any
 
 from .errors import InputError
@@ -66,7 +64,10 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 class BackgroundWriter:
-    """Writes files beside other work, one after the other; the end of its block waits for the last."""
+    """Writes files beside other work, one after the other; the end of its block waits for the last.
+
+    What could not be written is said whatever else ended the block: a cancelled job counts on its checkpoint.
+    """
 
     def __init__(self) -> None:
         self._thread: Thread | None = None
@@ -107,11 +108,8 @@ class BackgroundWriter:
     def __enter__(self) -> BackgroundWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with suppress(InputError) if kind is not None else nullcontext():
-            self.wait()
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -150,6 +150,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         else:
             full = full_size_field(state, view, config)
             finished = finish(state, full, view, initial, prepared, frame, config, folder, job.name, monitor)
+        writer.wait()  # a job is done with its last checkpoint
         seconds["finish"] = time.monotonic() - started - sum(seconds.values())
         finished.metrics.update(
             seconds=round(time.monotonic() - started, 2),

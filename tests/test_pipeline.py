@@ -256,6 +256,20 @@ def test_checkpoint_of_another_picture_is_refused(tmp_path):
         pipeline.generate(toy_job(picture=other), tmp_path)
 
 
+def test_a_cancelled_job_says_that_its_checkpoint_was_not_written(tmp_path, monkeypatch):
+    from conrad_engine import files
+
+    def full(source, target, real=files.os.replace):
+        if str(target).endswith(".pt"):
+            raise OSError(28, "No space left on device")
+        return real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(InputError, match="checkpoint.pt: the disk is full"):
+        pipeline.generate(toy_job(), tmp_path, CancelAt(2))
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_full_disk_keeps_the_checkpoint(tmp_path, monkeypatch):
     from conrad_engine import files
 
