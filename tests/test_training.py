@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from conrad_engine.guidance.embedded.unet import Group, ViewPrior, enlarged
 from conrad_engine.guidance.embedded.weights import load, to_bytes
-from conrad_engine.training import augment, batches, descent, evaluate_prior, raster, train, views
+from conrad_engine.training import augment, batches, descent, evaluate_prior, muon, raster, train, views
 
 from .training_meshes import FOV_RAD, UNLIT, box, write_tiny_pool
 
@@ -168,15 +169,41 @@ def test_blur_keeps_flat_pictures_and_widens_edges():
 # The loop
 
 
+def test_new_rounds_replace_the_oldest(tmp_path):
+    marked = marked_round(2)
+    np.save(tmp_path / "sources.npy", np.zeros(2, np.int64))
+
+    def write(index: int) -> None:
+        cameras = marked.cameras.clone()
+        cameras[..., 3] = index
+        for name, values in (("views", marked.views), ("cameras", cameras), ("sizes", marked.sizes)):
+            np.save(tmp_path / f"{name}_{index}.npy", values.numpy())
+        (tmp_path / f"done_{index}").touch()
+
+    def held() -> list[float]:
+        return [float(r.cameras[0, 0, 0, 3]) for r in store.rounds]
+
+    write(0)
+    store = batches.ViewStore.follow(tmp_path, torch.device("cpu"), most=2)
+    for index, expected in ((1, [0, 1]), (2, [2, 1]), (3, [2, 3])):
+        write(index)
+        deadline = time.monotonic() + 20
+        while held() != expected and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert held() == expected
+
+
 def test_times_fit_the_layout():
     torch.manual_seed(0)
     for unit in (1, 3):
         layout = train.training_layout(unit)
         t = train.draw_times(unit, torch.device("cpu"))
-        assert len(t) == sum(group.n_references * group.n_targets for group in layout) == 31 * unit
+        assert len(t) == sum(group.n_references * group.n_targets for group in layout) == train.N_TARGETS * unit
         assert t.min() >= 0 and t.max() <= 1
-        joint = t[: 7 * unit].view(unit, 7)
-        assert (joint == joint[:, :1]).all()
+        rings, few = t[: 22 * unit].view(2 * unit, 11), t[22 * unit :]
+        assert (rings == rings[:, :1]).all() and few.max() <= train.MOST_DISTILLED
+        fours = few[: 4 * unit].view(unit, 4)
+        assert (fours == fours[:, :1]).all()
 
 
 def test_the_loss_weight_is_clipped_signal_to_noise():
@@ -246,7 +273,7 @@ def test_two_processes_train_together(rendered, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     log = log_of(tmp_path)
     last = next(entry for entry in reversed(log) if "targets" in entry)
-    assert last["targets"] == last["step"] * 31 * 2
+    assert last["targets"] == last["step"] * train.N_TARGETS * 2
     assert log[0]["gpus"] == 2 and log[-1] == {"event": "finished"}
 
 
@@ -274,9 +301,8 @@ def test_enlarging_equals_nearest_interpolation():
 
 
 def test_a_step_follows_the_gradient_and_leaves_bad_ones_out(tmp_path):
-    arguments = train_arguments(tmp_path, tmp_path, 1.0)
-    options = train.parse(arguments)
-    trainer = train.Trainer(options, train.Workers())
+    arguments = [*train_arguments(tmp_path, tmp_path, 1.0), "--optimizer", "adamw"]
+    trainer = train.Trainer(train.parse(arguments), train.Workers())
     before = [p.detach().clone() for p in trainer.parameters]
     trainer.gradients.fill_(torch.nan)
     trainer.update(0.0)
@@ -288,6 +314,62 @@ def test_a_step_follows_the_gradient_and_leaves_bad_ones_out(tmp_path):
     assert float(trainer.gradients.norm()) == pytest.approx(descent.MAX_NORM, rel=1e-3)
     moved = [(p.detach() - b) for p, b in zip(trainer.parameters, before)]
     assert all((m <= 0).all() for m, b in zip(moved, before) if (b == 0).all())  # without decay: straight downhill
+
+
+# Muon
+
+
+def test_orthogonal_updates_keep_the_singular_directions():
+    torch.manual_seed(0)
+    for shape in ((2, 40, 64), (2, 96, 32)):
+        x = torch.randn(shape)
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        done = muon.orthogonalized(x)
+        assert torch.linalg.svdvals(done).aminmax().min > 0.5 and torch.linalg.svdvals(done).max() < 1.3
+        inner = u.mT @ done @ v.mT  # diagonal, where the directions are kept
+        off = inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))
+        assert off.abs().max() < 1e-3
+
+
+def test_muon_steps_as_far_as_adam_and_keeps_its_momentum(tmp_path):
+    torch.manual_seed(0)
+    kernel = torch.nn.Parameter(torch.zeros(32, 32, 3, 3))
+    stacked = torch.nn.Parameter(torch.zeros(96, 32))
+    optimizer = muon.Muon([kernel, stacked], lr=1e-2, weight_decay=0.0)
+
+    def stepped(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        for p in (kernel, stacked):
+            p.grad = torch.randn(p.shape, generator=generator)
+        before = [p.detach().clone() for p in (kernel, stacked)]
+        optimizer.step()
+        return tuple(p.detach() - b for p, b in zip((kernel, stacked), before))
+
+    for moved in stepped(1):
+        assert float(moved.square().mean().sqrt()) == pytest.approx(muon.UPDATE_RMS * 1e-2, rel=0.2)
+    # Queries, keys and values are three matrices: each one's update is orthogonal by itself.
+    update = stepped(2)[1] / (muon.UPDATE_RMS * 1e-2 * 32**0.5)
+    for part in update.view(3, 32, 32):
+        assert torch.linalg.svdvals(part).max() < 1.3
+    saved, weights = optimizer.state_dict(), [p.detach().clone() for p in (kernel, stacked)]
+    torch.save(saved, tmp_path / "state.pt")
+    expected = stepped(3)
+    for p, w in zip((kernel, stacked), weights):
+        p.data.copy_(w)
+    optimizer = muon.Muon([kernel, stacked], lr=1e-2, weight_decay=0.0)
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for moved, theirs in zip(stepped(3), expected):
+        torch.testing.assert_close(moved, theirs)
+
+
+def test_muon_takes_the_inner_matrices_and_adam_the_rest(tmp_path):
+    arguments = [*train_arguments(tmp_path, tmp_path, 1.0), "--optimizer", "muon"]
+    trainer = train.Trainer(train.parse(arguments), train.Workers())
+    adam, inner = ({id(p) for s in optimizer.param_groups for p in s["params"]} for optimizer in trainer.optimizers)
+    names = dict(trainer.net.named_parameters())
+    assert not adam & inner and len(adam) + len(inner) == len(names)
+    assert id(names["enter.weight"]) in adam and id(names["down.0.norm1.weight"]) in adam
+    assert id(names["down.0.conv1.weight"]) in inner and id(names["attention.0.qkv.weight"]) in inner
 
 
 # Scores

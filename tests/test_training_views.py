@@ -310,6 +310,36 @@ def test_evaluation_turns_an_object_that_is_too_deep():
     assert np.ptp(moved, axis=0).max() <= 1.2 * 2 * HALF_BOX
 
 
+# Changed objects
+
+
+def test_reshaped_objects_stay_round_and_alike_on_both_sides(monkeypatch):
+    monkeypatch.setattr(views, "P_FLATTER", 0.0)
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    ring = np.stack([np.cos(angles), np.sin(angles), np.zeros(24)], 1)
+    vertices = np.concatenate([0.3 * ring + [0, 0, z] for z in np.linspace(-0.5, 0.5, 9)])
+    heights = set()
+    for seed in range(20):
+        moved = views.reshaped(np.random.default_rng(seed), vertices).reshape(9, 24, 3)
+        radii = np.hypot(moved[..., 0], moved[..., 1])
+        np.testing.assert_allclose(radii, radii[:, :1] * np.ones(24), rtol=1e-6)
+        assert np.all(radii > 0.15) and np.all(np.diff(moved[:, 0, 2]) > 0)
+        heights.add(round(float(np.ptp(moved[..., 2])), 3))
+    assert len(heights) > 5 and min(heights) < 0.9 and max(heights) > 1.1
+
+
+def test_parts_go_as_a_whole_and_never_most_of_an_object():
+    mesh = boxes()
+    kept = set()
+    for seed in range(40):
+        left = views.without_parts(np.random.default_rng(seed), mesh)
+        raster.Rasterizer(left)  # faces and vertices fit
+        assert len(left.faces) % 12 == 0 and len(left.vertices) == 8 * (len(left.faces) // 12)
+        assert 0 in left.face_materials  # the post is the larger part of the area
+        kept.add(tuple(np.unique(left.face_materials).tolist()))
+    assert kept == {(0,), (0, 1), (0, 2), (0, 1, 2)}
+
+
 # Rendered rounds
 
 

@@ -56,17 +56,25 @@ class ViewStore:
 
     @staticmethod
     def follow(folder: Path, device: torch.device, most: int) -> ViewStore:
-        """Wait for the first round, then load up to `most` of them in the background."""
+        """Wait for the first round, then load more in the background; beyond `most` each new one replaces the oldest."""
         store = ViewStore([], device)
         while not (folder / "done_0").exists():
             time.sleep(0.2)
         store.rounds.append(load_round(folder, 0, device))
 
         def load_more() -> None:
-            for index in range(1, most):
+            replaced = None
+            for index in itertools.count(1):
                 while not (folder / f"done_{index}").exists():
                     time.sleep(0.5)
-                store.rounds.append(load_round(folder, index, device))
+                if replaced is not None and device.type == "cuda":
+                    torch.cuda.synchronize(device)  # batches of the replaced round are drawn: its memory may be used
+                replaced = None
+                loaded = load_round(folder, index, device)
+                if len(store.rounds) < most:
+                    store.rounds.append(loaded)
+                else:
+                    replaced, store.rounds[index % most] = store.rounds[index % most], loaded
 
         threading.Thread(target=load_more, daemon=True).start()
         return store

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .muon import Muon, is_for_muon
+
 MAX_NORM = 1.0
 
 
@@ -33,7 +35,7 @@ class RowGroupNorm(nn.GroupNorm):
 class Descent:
     """Network, average and optimizer; `backward` of any loss fills `gradients`."""
 
-    def __init__(self, net: nn.Module, device: torch.device, ema_decay: float) -> None:
+    def __init__(self, net: nn.Module, device: torch.device, ema_decay: float, with_muon: bool = False) -> None:
         self.ema_decay = ema_decay
         for module in net.modules():
             if type(module) is nn.GroupNorm:
@@ -42,9 +44,11 @@ class Descent:
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.parameters, self.averages = list(self.net.parameters()), list(self.ema.parameters())
         is_fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=is_fused
-        )
+        named = list(self.net.named_parameters())
+        inner = [p for name, p in named if with_muon and is_for_muon(name, p)]
+        rest = [p for name, p in named if not (with_muon and is_for_muon(name, p))]
+        adam = torch.optim.AdamW(rest, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=is_fused)
+        self.optimizers = [adam, Muon(inner, lr=1e-4, weight_decay=0.01)] if inner else [adam]
         # All gradients lie in one buffer, so averaging over processes and clipping are single calls.
         self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
         offset = 0
@@ -61,9 +65,10 @@ class Descent:
         # Selected, not multiplied: 0 * nan would be nan.
         clipped = self.gradients * (MAX_NORM / norm.clamp(min=MAX_NORM))
         self.gradients.copy_(torch.where(is_good, clipped, torch.zeros_like(clipped)))
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for settings in optimizer.param_groups:
+                settings["lr"] = rate
+            optimizer.step()
         self.step += 1
         torch._foreach_lerp_(self.averages, self.parameters, 1 - min(self.ema_decay, self.step / (self.step + 10)))
         return norm

@@ -13,7 +13,6 @@ from .raster import Rasterizer, orbit_camera, random_light
 from .views import (
     MIN_COVERAGE,
     P_RECOLOR,
-    P_STRETCH,
     SIZE,
     Framing,
     Task,
@@ -21,6 +20,7 @@ from .views import (
     is_usable,
     load_mesh,
     recolored,
+    reshaped,
 )
 
 ELEVATIONS_DEG = (-10.0, 60.0)
@@ -84,8 +84,8 @@ def render_elevations(task: Task, n_views: int) -> ElevationViews:
             changed = mesh
             if task.is_train and rng.random() < P_RECOLOR:
                 changed = recolored(rng, changed)
-            if task.is_train and rng.random() < P_STRETCH:
-                changed = replace(changed, vertices=changed.vertices * rng.uniform(0.8, 1.25, 3))
+            if task.is_train:
+                changed = replace(changed, vertices=reshaped(rng, changed.vertices))
             view, fov_deg = draw_view(rng, changed, elevation_deg, rng.uniform(0.76, 0.82) if task.is_train else 0.8)
             views.append(view)
             elevations.append(elevation_deg)

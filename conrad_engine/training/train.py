@@ -32,9 +32,11 @@ from .sheets import write_sheet
 
 WIDTHS = (128, 224, 224)
 WARMUP_STEPS = 400
+N_TARGETS = 29
+"""Of a unit of `training_layout`."""
 EMA_DECAY = 0.9995
-P_FINISHED = 0.4
-"""Chance that a target of a mixed group is an almost clean, finished view."""
+MOST_DISTILLED = 0.8
+"""Highest noise time of small groups."""
 CLOCK_STEPS, LOG_STEPS, VALIDATE_STEPS, SAVE_SECONDS = 20, 200, 1000, 120
 RESERVE_SECONDS = 25
 """Kept before the deadline for the last validation, samples and export."""
@@ -69,8 +71,8 @@ class Workers:
 
 
 def training_layout(unit: int) -> Layout:
-    """31 targets a unit: 15 jointly at one noise level, 8 jointly at mixed ones (see `draw_times`), 8 independently."""
-    return Group(unit, 7, True), Group(4 * unit, 4, True), Group(2 * unit, 4, False)
+    """29 targets a unit and 5 references: what the product asks for, a ring of views drawn together and a few distilled."""
+    return Group(2 * unit, 11, True), Group(unit, 4, True), Group(unit, 2, True), Group(unit, 1, True)
 
 
 def stratified(n: int, device: torch.device) -> Float[Tensor, " n"]:
@@ -78,19 +80,13 @@ def stratified(n: int, device: torch.device) -> Float[Tensor, " n"]:
 
 
 def draw_times(unit: int, device: torch.device) -> Float[Tensor, " b"]:
-    """Noise times for `training_layout`: joint groups share one, but the last 2 * unit references of the second group mix.
+    """Noise times for `training_layout`; the targets of a reference share one.
 
-    Half of the mixed references have a time of their own for each target; in the other half some targets are finished views.
+    Rings have every time, high ones more often: there the shape is decided. The others have those of distillation.
     """
-    shared = stratified(5 * unit, device)
-    seven, four, mixed = shared[:unit, None].expand(-1, 7), shared[unit : 3 * unit, None], shared[3 * unit :, None]
-    own = stratified(8 * unit, device).view(2 * unit, 4)
-    is_finished = torch.rand(2 * unit, 4, device=device) < P_FINISHED
-    partly = torch.where(is_finished, 0.03 * own, mixed.expand(-1, 4))
-    is_own = (torch.arange(2 * unit, device=device) < unit)[:, None]
-    mixed = torch.where(is_own, own, partly)
-    parts = seven, four.expand(-1, 4), mixed, stratified(8 * unit, device)
-    return torch.cat([part.flatten() for part in parts])
+    ring, few = stratified(2 * unit, device).sqrt(), MOST_DISTILLED * stratified(3 * unit, device)
+    counts = torch.tensor([11] * (2 * unit) + [4] * unit + [2] * unit + [1] * unit, device=device)
+    return torch.cat([ring, few]).repeat_interleave(counts)
 
 
 def v_errors(net: torch.nn.Module, batch: Batch, t: Tensor, noise: Tensor, layout: Layout) -> Float[Tensor, " b"]:
@@ -114,18 +110,18 @@ def learning_rate(step: int, progress: float, peak: float, decay_from: float) ->
 
 @torch.no_grad()
 def validate(net: ViewPrior, views: ViewStore, unit: int, cast: torch.autocast) -> dict[str, list[float]]:
-    """Mean v error in four bands of t on unseen objects with fixed noise, denoised jointly and independently."""
+    """Mean v error in four bands of t on unseen objects with fixed noise, rings and pairs of views."""
     device = views.device
     devices = [device] if device.type == "cuda" else []
     bands: dict[str, list[float]] = {}
     with torch.random.fork_rng(devices=devices):
-        for name, is_joint in (("joint", True), ("independent", False)):
+        for name, n_targets in (("ring", 11), ("pair", 2)):
             torch.manual_seed(1)
             rows = []
             for _ in range(4):
-                layout = (Group(4 * unit, 4, is_joint),)
+                layout = (Group(4 * unit, n_targets, True),)
                 batch = views.batch(layout, is_training=False)
-                t = stratified(4 * unit, device).sort().values.repeat_interleave(4)
+                t = stratified(4 * unit, device).sort().values.repeat_interleave(n_targets)
                 with cast:
                     error = v_errors(net, batch, t, torch.randn_like(batch.targets), layout)
                 rows.append(error.view(4, -1).mean(1))
@@ -165,7 +161,7 @@ class Trainer(Descent):
         widths = tuple(options.widths)
         torch.manual_seed(0)  # the same start in all processes
         net = load(options.init).requires_grad_(True).train() if options.init else ViewPrior(widths)
-        super().__init__(net, self.device, EMA_DECAY)
+        super().__init__(net, self.device, options.ema_decay, options.optimizer == "muon")
         self.trained_s = 0.0
         self.cast = torch.autocast(self.device.type, torch.bfloat16)
         self.layout = training_layout(options.unit)
@@ -179,11 +175,12 @@ class Trainer(Descent):
             saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             self.net.load_state_dict(saved["net"])
             self.ema.load_state_dict(saved["ema"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             self.step, self.trained_s = saved["step"], saved["trained_s"]
 
     def backward(self, views: ViewStore) -> Tensor:
-        """Gradients of one batch into the buffer; returns the mean weighted error of the three groups of the layout."""
+        """Gradients of one batch into the buffer; returns the mean weighted error of rings and of the other groups."""
         batch, t = views.batch(self.layout), draw_times(self.options.unit, self.device)
         with self.cast:
             errors = v_errors(self.compiled, batch, t, torch.randn_like(batch.targets), self.layout)
@@ -191,7 +188,7 @@ class Trainer(Descent):
         self.gradients.zero_()
         weighted.mean().backward()
         unit = self.options.unit
-        parts = weighted.detach().split([15 * unit, 8 * unit, 8 * unit])
+        parts = weighted.detach().split([22 * unit, 7 * unit])
         return torch.stack([part.mean() for part in parts])
 
     def update(self, rate: float) -> Tensor:
@@ -201,7 +198,8 @@ class Trainer(Descent):
 
     def save(self) -> None:
         """Checkpoint for resuming, and the averaged weights in pieces; the first process only."""
-        state = {"net": self.net.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"net": self.net.state_dict(), "ema": self.ema.state_dict()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save({**state, "step": self.step, "trained_s": self.trained_s}, temporary)
         temporary.replace(self.checkpoint)
@@ -223,6 +221,8 @@ class Trainer(Descent):
         progress, errors, norms = before / options.plan, [], []
         mark, next_save = (start, self.step), start + 60
         while progress < 1:
+            if self.workers.rank == 0 and (self.step % VALIDATE_STEPS == 0 or options.smoke):
+                self.note({"step": self.step, "val": validate(self.ema, val, options.unit, self.cast)})
             errors.append(self.backward(views))
             rate = learning_rate(self.step, progress, options.peak_rate, options.decay_from)
             norms.append(self.update(rate))
@@ -232,7 +232,7 @@ class Trainer(Descent):
                 progress = self.workers.agree(self.trained_s / (before + budget))
             if self.step % LOG_STEPS == 0 or options.smoke:
                 mean, now = torch.stack(errors).mean(0), time.time()
-                speed = (self.step - mark[1]) * 31 * options.unit * self.workers.count / (now - mark[0])
+                speed = (self.step - mark[1]) * N_TARGETS * options.unit * self.workers.count / (now - mark[0])
                 shown = {"step": self.step, "trained_s": round(self.trained_s, 1), "targets_per_s": round(speed)}
                 shown |= {
                     "loss": [round(x, 5) for x in mean.tolist()],
@@ -241,12 +241,9 @@ class Trainer(Descent):
                 shown |= {"rate": round(rate, 6), "rounds": len(views.rounds)}
                 self.note(shown | {"bad": int(self.n_bad)})
                 mark, errors, norms = (now, self.step), [], []
-            if self.workers.rank == 0:
-                if self.step % VALIDATE_STEPS == 0 or options.smoke:
-                    self.note({"step": self.step, "val": validate(self.ema, val, options.unit, self.cast)})
-                if time.time() > next_save:
-                    self.save()
-                    next_save = time.time() + SAVE_SECONDS
+            if self.workers.rank == 0 and time.time() > next_save:
+                self.save()
+                next_save = time.time() + SAVE_SECONDS
 
     def finish(self, val: ViewStore) -> None:
         """Last weights first, then validation and samples."""
@@ -255,7 +252,7 @@ class Trainer(Descent):
         self.save()
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
         result = validate(self.ema, val, self.options.unit, self.cast)
-        n_targets = self.step * 31 * self.options.unit * self.workers.count
+        n_targets = self.step * N_TARGETS * self.options.unit * self.workers.count
         self.note({"step": self.step, "trained_s": round(self.trained_s, 1), "targets": n_targets, "val": result})
         self.note({"peak_gib": round(peak, 1), "bad": int(self.n_bad)})
         n_objects, n_steps = (2, 2) if self.options.smoke else (20, 25)
@@ -282,8 +279,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--init", default="", help="weights to start from; take a lower peak rate then")
     parser.add_argument("--peak-rate", type=float, default=5e-4, help="largest learning rate")
     parser.add_argument("--decay-from", type=float, default=0.45, help="part of the plan after which the rate falls")
-    parser.add_argument("--unit", type=int, default=16, help="31 targets and 7 references a step and process")
-    parser.add_argument("--most-rounds", type=int, default=24, help="rounds kept on the device, 1.8 GB each")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="of the hidden layers' matrices")
+    parser.add_argument("--ema-decay", type=float, default=EMA_DECAY)
+    parser.add_argument("--unit", type=int, default=16, help="29 targets and 5 references a step and process")
+    parser.add_argument("--most-rounds", type=int, default=24, help="rounds kept on the device, 2 GB each")
     parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS)
     parser.add_argument("--compile", default="inductor", help="inductor, aot_eager, or none")
     parser.add_argument("--smoke", action="store_true", help="log and validate at every step")

@@ -27,6 +27,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from ..config import HALF_BOX, HALF_FRAME, REFERENCE_EXTENT
 from ..errors import ConradError, InputError
@@ -35,14 +37,17 @@ from .raster import Light, Rasterizer, compiled_library, fit_distance, orbit_cam
 from .shapes import random_color, random_shape
 from .sources import SOURCES, selected_sources
 
-SIZE, N_GROUPS, N_VIEWS = 64, 4, 8
+SIZE, N_GROUPS, N_VIEWS = 64, 3, 12
 PROCEDURAL_SHARE = 0.1
 """Procedural objects of a round, as a part of the pool's."""
 CLEARANCE = 0.25
 """Least depth of a vertex in front of a camera, in the object frame: no camera is inside an object."""
 MIN_COVERAGE = 0.01
 """Part of the reference's pixels that the object covers at least."""
-P_COMPANION, P_RECOLOR, P_STRETCH = 0.06, 0.25, 0.7
+P_COMPANION, P_RECOLOR, P_WITHOUT_PARTS, P_PART_GONE = 0.06, 0.25, 0.15, 0.3
+LARGEST_PART = 0.5
+"""Part of an object's area that a piece of it has at most to be left out."""
+P_TALLER, P_TURNED_PROFILE, P_FLATTER = 0.7, 0.5, 0.15
 POOLS: dict[str, Pool] = {}
 
 
@@ -147,9 +152,11 @@ def is_usable(moved: np.ndarray, framing: Framing) -> bool:
 
 
 def random_framing(rng: np.random.Generator, fov_rad: float) -> Framing:
+    # Most pictures are taken from a little above.
+    low, high = (0, 30) if rng.random() < 0.5 else (-10, 45)
     return Framing(
         fov_rad,
-        elevation_rad=math.radians(rng.uniform(-10, 45)),
+        elevation_rad=math.radians(rng.uniform(low, high)),
         azimuth_rad=rng.uniform(-math.pi, math.pi),
         fill=rng.uniform(0.72, 0.85),
         is_silhouette_centered=bool(rng.random() < 0.5),
@@ -198,7 +205,7 @@ def random_cameras(
     n = shape.n_views - 1
     azimuths = rng.uniform(-math.pi, math.pi) + (np.arange(n) + rng.uniform(-0.4, 0.4, n)) * (2 * math.pi / n)
     for azimuth in azimuths:
-        elevation = rng.uniform(-15, 60) if rng.random() < 0.5 else rng.uniform(-10, 35)
+        elevation = rng.uniform(-15, 55) if rng.random() < 0.5 else rng.uniform(0, 35)
         # The product does not know how deep the object is: some of its frames are as narrow as the reference's.
         distance = fit * rng.uniform(0.95, 1.1) if rng.random() < 0.7 else rng.uniform(0.7, 1.15) / tan_half
         seen_from = framing.azimuth_rad + azimuth, math.radians(elevation)
@@ -207,6 +214,48 @@ def random_cameras(
         clear = clear_distance(vertices, *seen_from)
         cameras.append((azimuth, math.radians(elevation), max(distance, 0.6 / tan_half, clear), tan_half))
     return np.array(cameras, np.float32)
+
+
+def reshaped(rng: np.random.Generator, vertices: np.ndarray) -> np.ndarray:
+    """The vertices in other proportions: taller or lower, wider at some heights, and a few flattened from a side.
+
+    All but the last keep what a view from one side says of another: round things stay round, and left like right.
+    """
+    scale = np.ones(3)
+    if rng.random() < P_TALLER:
+        scale[2] = math.exp(rng.uniform(-0.35, 0.35))
+    if rng.random() < P_FLATTER:
+        scale[int(rng.integers(2))] = math.exp(rng.uniform(-0.25, 0.25))
+    moved = vertices * scale
+    if rng.random() < P_TURNED_PROFILE:
+        wave = np.sin(2 * math.pi * rng.uniform(0.2, 1.2) * vertices[:, 2] + rng.uniform(-math.pi, math.pi))
+        moved[:, :2] *= 1 + rng.uniform(0, 0.3) * wave[:, None]
+    return moved
+
+
+def without_parts(rng: np.random.Generator, mesh: PoolMesh) -> PoolMesh:
+    """The mesh without some of its smaller connected pieces."""
+    n_vertices = len(mesh.vertices)
+    places = np.unique(np.round(mesh.vertices * 2e4).astype(np.int64), axis=0, return_inverse=True)[1].reshape(-1)
+    corners = places[mesh.faces]
+    starts, ends = corners[:, [0, 1]].ravel(), corners[:, [1, 2]].ravel()
+    edges = coo_matrix((np.ones(len(starts)), (starts, ends)), shape=(n_vertices, n_vertices))
+    part = connected_components(edges, directed=False)[1][corners[:, 0]]
+    first, second, third = mesh.vertices[mesh.faces].transpose(1, 0, 2)
+    area = np.bincount(part, np.linalg.norm(np.cross(second - first, third - first), axis=1))
+    is_gone = (rng.random(len(area)) < P_PART_GONE) & (area < LARGEST_PART * area.sum())
+    kept = ~is_gone[part]
+    if area[is_gone].sum() > LARGEST_PART * area.sum():
+        return mesh
+    used, faces = np.unique(mesh.faces[kept], return_inverse=True)
+    return replace(
+        mesh,
+        vertices=mesh.vertices[used],
+        uvs=mesh.uvs[used],
+        vertex_colors=None if mesh.vertex_colors is None else mesh.vertex_colors[used],
+        faces=faces.reshape(-1, 3).astype(np.int32),
+        face_materials=mesh.face_materials[kept],
+    )
 
 
 def recolored(rng: np.random.Generator, mesh: PoolMesh) -> PoolMesh:
@@ -267,11 +316,12 @@ def render_group(
     shape: Shape = Shape(),
 ) -> float:
     """Fill one group's views and cameras; returns the longest box side as a multiple of the reference's extent."""
-    stretch = rng.uniform(0.8, 1.25, 3) if is_train and rng.random() < P_STRETCH else np.ones(3)
-    if is_train and rng.random() < P_RECOLOR:
-        mesh = recolored(rng, mesh)
+    if is_train:
+        mesh = without_parts(rng, mesh) if rng.random() < P_WITHOUT_PARTS else mesh
+        mesh = recolored(rng, mesh) if rng.random() < P_RECOLOR else mesh
+        mesh = replace(mesh, vertices=reshaped(rng, mesh.vertices))
     for _ in range(4):
-        vertices, framing = place(rng, mesh.vertices * stretch)
+        vertices, framing = place(rng, mesh.vertices)
         rows = random_cameras(rng, vertices, framing, shape)
         render_views(replace(mesh, vertices=vertices.astype(np.float32)), framing, rows, random_light(rng), views)
         if (views[0, ..., 3] > 127).mean() >= MIN_COVERAGE:
