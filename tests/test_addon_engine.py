@@ -17,7 +17,7 @@ import pytest
 
 from blender_addon import background, engine_setup
 from blender_addon.child import CANNOT_RUN, Child, clean_environment, tail
-from blender_addon.engine_state import EngineSettings, State
+from blender_addon.engine_state import EngineSettings, State, options_of
 from blender_addon.jobs import JobTable, Notes
 from blender_addon.launcher import MAX_FAILURES, CannotStart, Launcher
 from blender_addon.protocol import Cancel, GuessElevation, Keep, Resume
@@ -167,6 +167,28 @@ def test_cancelling_a_check_that_does_not_end_waits_for_nothing(tmp_path):
     check.cancel()
     assert time.monotonic() - began < 0.5, "Blender stood still until the process was killed"
     until(lambda: check._child.exit_code is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ()),
+        ("--devices cuda:0,cuda:1  --data '/a b' # x", ("--devices", "cuda:0,cuda:1", "--data", "/a b", "#", "x")),
+        ("--data /home/o'brien", ("--data", "/home/o'brien")),
+        ("--data /end\\", ("--data", "/end\\")),
+        (r"--data /a\ b", ("--data", "/a b")),
+    ],
+)
+def test_options_are_read_as_they_are_written(text, words):
+    assert options_of(text, is_windows=False) == words
+
+
+def test_paths_of_windows_keep_their_backslashes():
+    assert options_of(r'--find-links "C:\My Wheels" D:\x', is_windows=True) == (
+        "--find-links",
+        r"C:\My Wheels",
+        r"D:\x",
+    )
 
 
 def make_wheel(folder: Path, doctor: str = '{"ok": true, "version": "9", "python": "3", "torch": "2"}') -> Path:

@@ -76,6 +76,9 @@ def check_first_use() -> None:
     chosen.remote_endpoint = "tcp://127.0.0.1:5555"
     assert preferences.why_no_engine() == ""
     chosen.use_remote = False
+    chosen.engine_options = "--data /home/o'brien"
+    assert preferences.engine_settings().extra_arguments == ("--data", "/home/o'brien")
+    chosen.engine_options = ""
     assert part("engine_setup").bundled_wheel(preferences.addon_folder()) is not None
     operators = part("operators_engine")
     if not bpy.app.online_access:
