@@ -241,7 +241,13 @@ def test_set_up_never_builds_on_blenders_python(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"), [("raise SystemExit(1)", "does not run"), ("print('3 9'); print('/usr')", "is Python 3.9")]
+    ("body", "reason"),
+    [
+        ("raise SystemExit(1)", "does not run"),
+        ("print('some'); print('words')", "does not run"),
+        ("print(); print('words')", "does not run"),
+        ("print('hello'); print('3 9'); print('/usr')", "is Python 3.9"),
+    ],
 )
 def test_set_up_says_what_is_wrong_with_a_python(tmp_path, body, reason):
     setup = engine_setup.SetUp(tmp_path / "engine", make_wheel(tmp_path), script(tmp_path / "python", body))

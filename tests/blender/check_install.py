@@ -85,6 +85,15 @@ def check_first_use() -> None:
         assert "Online Access" in operators.why_no_setup()
     chosen.is_offline = True
     assert "wheel folder" in operators.why_no_setup()
+    chosen.find_links = bpy.app.tempdir
+    preferences.setup_folder().write_bytes(b"no folder")
+    try:
+        bpy.ops.conrad.set_up_engine()
+    except RuntimeError as error:
+        assert "cannot be written" in str(error) and "Traceback" not in str(error), error
+    preferences.setup_folder().unlink()
+    assert operators.running_setup is None
+    chosen.find_links = ""
 
 
 def check_dead_engine() -> None:
