@@ -124,6 +124,8 @@ def test_steps_go_on_from_tick_to_tick_and_what_fails_in_a_thread_is_theirs():
     until(lambda: not background.go_on())
     assert told == [7, "no number"]
     assert background.finish(x for x in ()) is None
+    assert background.finish(steps()) == 4 and told[2:] == [7, "no number"], "as much as when they are done at once"
+    del told[2:]
     background.start(steps())
     background.clear()
     assert not background.go_on() and told == [7, "no number"]
