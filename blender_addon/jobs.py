@@ -239,14 +239,19 @@ class JobTable:
             return
 
     def keep_request(self, request: Submit) -> None:
-        """Keep a job that the engine has not confirmed yet: it is sent even if Blender dies now."""
+        """Keep a job that the engine has not confirmed yet: it is sent even if Blender dies now.
+
+        Raises:
+            ProtocolError: The protocol does not take it.
+        """
+        frames = encode(request)
         if self._folder is None:
             return
         partial = self._folder / f"{request.job}.part"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
-                for frame in encode(request):
+                for frame in frames:
                     # Not joined: a large picture would be copied twice while Blender waits.
                     file.write(len(frame).to_bytes(8, "little"))
                     file.write(frame)

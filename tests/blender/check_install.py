@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 import bpy
 import numpy as np
@@ -89,6 +90,7 @@ def check_first_use() -> None:
     preferences.setup_folder().write_bytes(b"no folder")
     try:
         bpy.ops.conrad.set_up_engine()
+        raise AssertionError("no error is reported")
     except RuntimeError as error:
         assert "cannot be written" in str(error) and "Traceback" not in str(error), error
     preferences.setup_folder().unlink()
@@ -153,6 +155,13 @@ def check_drop() -> None:
     image = bpy.data.images.new("dropped", 8, 8)
     image.filepath_raw, image.file_format = bpy.app.tempdir + "dropped.png", "PNG"
     image.save()
+    Path(bpy.app.tempdir, "damaged.tif").write_bytes(b"II*\0 and no more")
+    try:
+        bpy.ops.conrad.drop_picture("EXEC_DEFAULT", filepath=bpy.app.tempdir + "damaged.tif", with_camera=True)
+        raise AssertionError("no error is reported")
+    except RuntimeError as error:
+        assert "has no pixels" in str(error) and "Traceback" not in str(error), error
+    assert scene.conrad.camera is None
     bpy.ops.conrad.drop_picture("EXEC_DEFAULT", filepath=image.filepath_raw, with_camera=True)
     assert scene.conrad.image.name.startswith("dropped") and scene.conrad.camera is not None
 

@@ -165,6 +165,23 @@ def check_failure_and_queue() -> None:
     assert "shows no object" in bad.status()
 
 
+def check_too_much() -> None:
+    """What the protocol does not take is said in words, and leaves no job that is being sent for ever."""
+    scene, session, before = bpy.context.scene, part("link").session(), set(table().jobs)
+    image, scene.conrad.extra = scene.conrad.image, "a=" + 9000 * "b"
+    try:
+        bpy.ops.conrad.generate()
+        raise AssertionError("no error is reported")
+    except RuntimeError as error:
+        assert "submit.overrides cannot be sent" in str(error) and "Traceback" not in str(error), error
+    scene.conrad.image = painted("large pot", 1200, 900)
+    bpy.ops.conrad.generate()
+    pump_until(lambda: set(table().jobs) == before)
+    assert session.problem.startswith("large pot: submit.overrides cannot be sent"), session.problem
+    assert len(bpy.context.window_manager.conrad.jobs) == len(before)
+    session.problem, scene.conrad.extra, scene.conrad.image = "", "", image
+
+
 def check_triangles() -> None:
     """Faces of any number of corners become triangles; those that are triangles already are taken as they lie."""
     triangles_of = part("pictures")._triangles_of
@@ -424,6 +441,7 @@ def run() -> None:
         check_guess,
         check_steering,
         check_failure_and_queue,
+        check_too_much,
         check_triangles,
         check_start_mesh,
         lambda: check_waiting_in_another_file(folder),
