@@ -7,7 +7,7 @@ import atexit
 import bpy
 from bpy.app.handlers import persistent
 
-from . import camera, link, overlay, preferences, scene_tools
+from . import batch_run, camera, link, overlay, preferences, scene_tools
 
 
 @persistent
@@ -18,6 +18,7 @@ def _load_pre(*_: object) -> None:
 @persistent
 def _load_post(*_: object) -> None:
     link.file_opened()
+    batch_run.file_opened()
     if link.has_session():
         link.wake()
 
