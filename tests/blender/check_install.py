@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -114,6 +115,25 @@ def check_dead_engine() -> None:
     part("link").refresh_settings()
 
 
+def check_render_thread() -> None:
+    """A window renders in a thread of its own, which leaves the connection to the main one; a script in the main thread."""
+    handlers, session, threads = part("handlers"), part("link").session(), []
+    preferences = part("preferences").get()
+    preferences.free_before_render = True
+    session.free_memory = lambda pause_jobs: threads.append(threading.current_thread())
+    renderer = threading.Thread(target=handlers._render_init)
+    renderer.start()
+    renderer.join()
+    assert not threads
+    part("link").pump()
+    assert threads == [threading.main_thread()]
+    part("link").pump()
+    handlers._render_init()
+    assert threads == 2 * [threading.main_thread()]
+    preferences.free_before_render = False
+    del session.free_memory
+
+
 def check_own_presets() -> None:
     """Settings are kept under a name and come back; the picture and the seed stay."""
     settings = bpy.context.scene.conrad
@@ -183,6 +203,7 @@ def run() -> None:
     check_cycles()
     check_first_use()
     check_dead_engine()
+    check_render_thread()
     check_own_presets()
     check_mask()
     check_drop()
