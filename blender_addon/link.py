@@ -108,13 +108,14 @@ def overlay_wanted() -> bool:
 def _react(events: list[Event]) -> None:
     assert _session is not None
     kinds = {event.kind for event in events}
-    for listener in list(listeners):
-        listener(events)
-    if kinds & {"job", "forgotten", "thumbnail"}:
-        sync_list()
+    # Results first: what listeners do, such as write a thumbnail to a disk that is full, may fail, and no event comes twice.
     for event in events:
         if event.kind == "job":
             _want_result(_session.table.jobs.get(event.job))
+    if kinds & {"job", "forgotten", "thumbnail"}:
+        sync_list()
+    for listener in list(listeners):
+        listener(events)
     scene_tools.redraw()
 
 

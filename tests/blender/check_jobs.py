@@ -182,6 +182,26 @@ def check_too_much() -> None:
     session.problem, scene.conrad.extra, scene.conrad.image = "", "", image
 
 
+def check_failing_listener() -> None:
+    """Whatever goes wrong with thumbnails and overlay, the result comes in."""
+
+    def fail(events: object) -> None:
+        raise OSError("no space left on device")
+
+    link = part("link")
+    link.listeners.insert(0, fail)
+    try:
+        job, end = submit("full disk"), time.monotonic() + 60
+        while not made_by(job):
+            link.pump()
+            time.sleep(0.02)
+            assert time.monotonic() < end, f"the result does not come in: {link.last_error}"
+        assert "no space left" in link.last_error
+    finally:
+        link.listeners.remove(fail)
+        link.last_error = ""
+
+
 def check_triangles() -> None:
     """Faces of any number of corners become triangles; those that are triangles already are taken as they lie."""
     triangles_of = part("pictures")._triangles_of
@@ -442,6 +462,7 @@ def run() -> None:
         check_steering,
         check_failure_and_queue,
         check_too_much,
+        check_failing_listener,
         check_triangles,
         check_start_mesh,
         lambda: check_waiting_in_another_file(folder),
