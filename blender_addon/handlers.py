@@ -1,4 +1,4 @@
-"""What happens when Blender opens a file, undoes, renders or switches cameras."""
+"""What happens when Blender opens or saves a file, undoes, renders or switches cameras."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def _load_post(*_: object) -> None:
     batch_run.file_opened()
     if link.has_session():
         link.wake()
+
+
+@persistent
+def _save_pre(*_: object) -> None:
+    link.file_is_saved()
 
 
 @persistent
@@ -71,6 +76,7 @@ def _give_back() -> None:
 _HANDLERS = (
     ("load_pre", _load_pre),
     ("load_post", _load_post),
+    ("save_pre", _save_pre),
     ("undo_post", _undo_post),
     ("redo_post", _undo_post),
     ("render_init", _render_init),

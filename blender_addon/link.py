@@ -196,6 +196,15 @@ def file_opened() -> None:
         sync_list()
 
 
+def file_is_saved() -> None:
+    """A file that jobs were started in keeps its name, which undo may have taken from the scene since."""
+    jobs = _session.table.jobs.values() if _session is not None else ()
+    if any(job.notes.file_token == file_token for job in jobs):
+        own = [scene for scene in bpy.data.scenes if scene.library is None]
+        if not any(scene.conrad.file_id for scene in own):
+            own[0].conrad.file_id = file_token
+
+
 def register() -> None:
     background.wake = wake
 

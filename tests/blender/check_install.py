@@ -59,7 +59,7 @@ def check_cycles() -> None:
     assert max(longest.values()) < LIMIT_S
     assert bpy.context.scene.conrad.image.name == "picture", "the file's settings outlive disabling"
     found = leftovers()
-    assert len(found["handlers"]) == 6 and found["properties"] == {"conrad"} and len(found["status bar"]) == 1
+    assert len(found["handlers"]) == 7 and found["properties"] == {"conrad"} and len(found["status bar"]) == 1
 
 
 def check_first_use() -> None:

@@ -244,6 +244,24 @@ def check_waiting_in_another_file(folder: Path) -> None:
     pump_until(lambda: made_by(job))
 
 
+def check_file_after_undo(folder: Path) -> None:
+    """A file is known again although undo went back behind the moment at which a job was started in it."""
+    bpy.ops.ed.undo_push(message="before")
+    bpy.context.scene.conrad.file_id = ""
+    bpy.ops.ed.undo_push(message="nameless")
+    bpy.context.scene.conrad.seed += 1
+    bpy.ops.ed.undo_push(message="seed")
+    job = submit("undone")
+    token = bpy.context.scene.conrad.file_id
+    bpy.ops.ed.undo()
+    assert token and not bpy.context.scene.conrad.file_id
+    bpy.ops.wm.save_as_mainfile(filepath=str(folder / "undone.blend"))
+    bpy.ops.wm.read_homefile(use_empty=True)
+    bpy.ops.wm.open_mainfile(filepath=str(folder / "undone.blend"))
+    assert part("link").file_token == token == job.notes.file_token
+    pump_until(lambda: made_by(job))
+
+
 def check_pictures_of_all_kinds(folder: Path) -> None:
     """Files go as they are; painted, float, turned and rendered pictures go as they look."""
     pictures, finish = part("pictures"), part("background").finish
@@ -466,6 +484,7 @@ def run() -> None:
         check_triangles,
         check_start_mesh,
         lambda: check_waiting_in_another_file(folder),
+        lambda: check_file_after_undo(folder),
         lambda: check_pictures_of_all_kinds(folder),
         check_large_pictures,
         check_render_result,
