@@ -33,11 +33,16 @@ def in_thread(function: Callable[[], Any]) -> Future:
 
 
 def finish(steps: Steps) -> Any:
-    """Go through all steps now; returns what they return."""
+    """Go through all steps now; returns what they return. What fails in one is theirs, as in a thread."""
     try:
         work = next(steps)
         while True:
-            work = steps.send(work())
+            try:
+                done = work()
+            except Exception as error:
+                work = steps.throw(error)
+            else:
+                work = steps.send(done)
     except StopIteration as end:
         return end.value
 

@@ -138,6 +138,17 @@ def stop(cancel_jobs: bool) -> None:
     _save()
 
 
+def file_opened() -> None:
+    """The batch belongs to the file that was open: the next pictures would be made with this one's settings, and their objects
+    would come into its scene. What the engine has in hand is finished, and found when the batch is started again."""
+    global current, message
+    was_at_work = is_running or is_looking()
+    stop(cancel_jobs=False)
+    current = None
+    message = "Another file was opened: Start Batch goes on in the one before" if was_at_work else ""
+    sync_list()
+
+
 def sync_list() -> None:
     """Make the batch list of the window manager the same as the batch's."""
     lines = bpy.context.window_manager.conrad.batch
@@ -351,7 +362,8 @@ def _take_result(item: batch.Item, job: Job) -> None:
     if current.output == "GLB":
         key = (job.id, GLB)
         if key not in session.file_takers and job.id not in _being_written:
-            session.file_takers[key] = lambda data: background.start(_writing(item, job, data))
+            opened = current
+            session.file_takers[key] = lambda data: background.start(_writing(opened, item, job, data))
             session.ask(Fetch(job.id, GLB))
         return
     if not job.wants_import:
@@ -363,18 +375,17 @@ def _take_result(item: batch.Item, job: Job) -> None:
         _bring_in(item, job)
 
 
-def _writing(item: batch.Item, job: Job, data: bytes) -> background.Steps:
+def _writing(opened: batch.Batch, item: batch.Item, job: Job, data: bytes) -> background.Steps:
     """Write a result's file, unless the batch is stopped meanwhile."""
-    assert current is not None
-    name, problem = batch.output_name(current, item, ".glb"), ""
+    name, problem = batch.output_name(opened, item, ".glb"), ""
     _being_written.add(job.id)
     try:
-        yield partial(_write, current.out / name, data)
+        yield partial(_write, opened.out / name, data)
     except OSError as error:
         problem = f"{name} cannot be written: {error.strerror or error}"
     finally:
         _being_written.discard(job.id)
-    if item.state != batch.SENT or item.job != job.id:
+    if opened is not current or item.state != batch.SENT or item.job != job.id:
         return
     if problem:
         _fail(item, problem)

@@ -121,6 +121,9 @@ class SetUp:
             is_offline: Install from `find_links` only.
             extra_options: More options for pip, such as an index for another torch build.
             forbidden_prefix: Installation that must not be built on: Blender's.
+
+        Raises:
+            OSError: The folder cannot be written to.
         """
         self.folder, self.environment = folder, folder / "environment"
         self.log = folder / "setup.log"
@@ -195,10 +198,12 @@ class SetUp:
         self._child = Child([self._candidates[0], "-I", "-c", _VERSION_CODE], self.log, self.folder / "python.txt")
 
     def _why_not_this(self, exit_code: int | None) -> str:
-        lines = (self.folder / "python.txt").read_text("utf-8", "replace").splitlines()
-        if exit_code or len(lines) < 2:
+        # Whatever else an interpreter has to say, a greeting for one, it says before.
+        lines = (self.folder / "python.txt").read_text("utf-8", "replace").splitlines()[-2:]
+        numbers = lines[0].split() if lines else []
+        if exit_code or len(lines) < 2 or [number.isdecimal() for number in numbers] != [True, True]:
             return "does not run, or lacks venv (on Debian: apt install python3-venv)"
-        found = tuple(int(x) for x in lines[0].split())
+        found = tuple(int(number) for number in numbers)
         if found < MIN_PYTHON:
             return f"is Python {found[0]}.{found[1]}"
         if Path(lines[1]).resolve() == self._forbidden:

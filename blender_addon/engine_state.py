@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -52,6 +54,19 @@ class Event:
     kind: str
     """engine (its state changed), job, preview, thumbnail, result (arrays are there), file, forgotten, elevation (a guess)."""
     job: str = ""
+
+
+def options_of(text: str, is_windows: bool = sys.platform == "win32") -> tuple[str, ...]:
+    """Options for a program, as a person writes them: quotation marks keep words together. One that nothing closes, such as
+    the apostrophe of a name, is a letter like any other; on Windows, where every path has some, so is a backslash."""
+    reader = shlex.shlex(text, posix=True, punctuation_chars=False)
+    reader.whitespace_split, reader.commenters = True, ""
+    if is_windows:
+        reader.escape = ""
+    try:
+        return tuple(reader)
+    except ValueError:
+        return tuple(text.split())
 
 
 def is_changed(settings: EngineSettings, other: EngineSettings) -> bool:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,14 +240,19 @@ class JobTable:
             return
 
     def keep_request(self, request: Submit) -> None:
-        """Keep a job that the engine has not confirmed yet: it is sent even if Blender dies now."""
+        """Keep a job that the engine has not confirmed yet: it is sent even if Blender dies now.
+
+        Raises:
+            ProtocolError: The protocol does not take it.
+        """
+        frames = encode(request)
         if self._folder is None:
             return
         partial = self._folder / f"{request.job}.part"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
-                for frame in encode(request):
+                for frame in frames:
                     # Not joined: a large picture would be copied twice while Blender waits.
                     file.write(len(frame).to_bytes(8, "little"))
                     file.write(frame)
@@ -260,8 +266,7 @@ class JobTable:
 
     def confirmed(self, job_id: str) -> None:
         """The engine has the job."""
-        if self._folder is not None:
-            (self._folder / f"{job_id}.unsent").unlink(missing_ok=True)
+        self._remove_file(f"{job_id}.unsent")
 
     def unsent(self) -> dict[str, Submit]:
         """Jobs of an earlier session that no engine has confirmed."""
@@ -288,9 +293,14 @@ class JobTable:
 
     def remove(self, job_id: str) -> None:
         self.jobs.pop(job_id, None)
+        self._remove_file(f"{job_id}.json")
+        self._remove_file(f"{job_id}.unsent")
+
+    def _remove_file(self, name: str) -> None:
+        """One that cannot be removed now, because another program reads it, costs no more than a line in a later list."""
         if self._folder is not None:
-            (self._folder / f"{job_id}.json").unlink(missing_ok=True)
-            (self._folder / f"{job_id}.unsent").unlink(missing_ok=True)
+            with suppress(OSError):
+                (self._folder / name).unlink()
 
     def take_state(self, state: JobState) -> Job:
         """The newest word about a job; one that was submitted by someone else is listed too."""

@@ -108,13 +108,14 @@ def overlay_wanted() -> bool:
 def _react(events: list[Event]) -> None:
     assert _session is not None
     kinds = {event.kind for event in events}
-    for listener in list(listeners):
-        listener(events)
-    if kinds & {"job", "forgotten", "thumbnail"}:
-        sync_list()
+    # Results first: what listeners do, such as write a thumbnail to a disk that is full, may fail, and no event comes twice.
     for event in events:
         if event.kind == "job":
             _want_result(_session.table.jobs.get(event.job))
+    if kinds & {"job", "forgotten", "thumbnail"}:
+        sync_list()
+    for listener in list(listeners):
+        listener(events)
     scene_tools.redraw()
 
 
@@ -193,6 +194,15 @@ def file_opened() -> None:
             job.wants_import, job.result = False, None
             job.fetching = 0
         sync_list()
+
+
+def file_is_saved() -> None:
+    """A file that jobs were started in keeps its name, which undo may have taken from the scene since."""
+    jobs = _session.table.jobs.values() if _session is not None else ()
+    if any(job.notes.file_token == file_token for job in jobs):
+        own = [scene for scene in bpy.data.scenes if scene.library is None]
+        if not any(scene.conrad.file_id for scene in own):
+            own[0].conrad.file_id = file_token
 
 
 def register() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-
 import bpy
 
 from . import engine_setup, link, preferences, scene_tools
 from .child import tail
+from .engine_state import options_of
 
 running_setup: engine_setup.SetUp | None = None
 last_setup_error = ""
@@ -80,14 +79,18 @@ class CONRAD_OT_set_up_engine(bpy.types.Operator):
         if link.has_session():
             link.session().stop()
         last_setup_error = ""
-        running_setup = engine_setup.SetUp(
-            preferences.setup_folder(),
-            wheel,
-            bpy.path.abspath(chosen.base_python) if chosen.base_python else "",
-            bpy.path.abspath(chosen.find_links) if chosen.find_links else "",
-            chosen.is_offline,
-            tuple(shlex.split(chosen.pip_options)),
-        )
+        try:
+            running_setup = engine_setup.SetUp(
+                preferences.setup_folder(),
+                wheel,
+                bpy.path.abspath(chosen.base_python) if chosen.base_python else "",
+                bpy.path.abspath(chosen.find_links) if chosen.find_links else "",
+                chosen.is_offline,
+                options_of(chosen.pip_options),
+            )
+        except OSError as error:
+            self.report({"ERROR"}, f"{error.filename} cannot be written: {error.strerror}")
+            return {"CANCELLED"}
         link.session()
         link.wake()
         return {"FINISHED"}

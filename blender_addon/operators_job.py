@@ -12,9 +12,10 @@ from bpy.props import BoolProperty, StringProperty
 from . import camera, link, pictures, requests
 from .jobs import Job
 from .pictures import NoPicture
-from .protocol import Cancel, Continue, EngineUnavailable, Extract, Keep, Pause, Resume
+from .protocol import Cancel, Continue, EngineUnavailable, Extract, Keep, Pause, ProtocolError, Resume
 from .session import with_result_wanted
 
+CANNOT_SEND = (NoPicture, camera.CannotUseCamera, requests.BadSettings, ProtocolError, EngineUnavailable)
 PICTURE_EXTENSIONS = ".png;.jpg;.jpeg;.webp;.bmp;.tif;.tiff;.tga;.exr;.hdr"
 
 
@@ -61,7 +62,7 @@ class CONRAD_OT_generate(pictures.PreparedFirst, bpy.types.Operator):
         try:
             pause = _pause(context)
             notes = requests.start_job(context)
-        except (NoPicture, camera.CannotUseCamera, requests.BadSettings, EngineUnavailable) as error:
+        except CANNOT_SEND as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
         self.report({"INFO"}, pause or f"{notes.name}: job sent to the engine")
@@ -85,7 +86,7 @@ class CONRAD_OT_project(pictures.PreparedFirst, bpy.types.Operator):
         try:
             pause = _pause(context)
             notes = requests.start_projection(context)
-        except (NoPicture, camera.CannotUseCamera, requests.BadSettings, EngineUnavailable) as error:
+        except CANNOT_SEND as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
         self.report({"INFO"}, pause or f"{notes.name}: job sent to the engine")
@@ -329,8 +330,12 @@ class CONRAD_OT_drop_picture(bpy.types.Operator):
             # Another picture needs another camera; the old one keeps its own picture.
             settings.camera = None
         settings.image = image
-        if self.with_camera:
-            camera.add_reference(context.scene)
+        try:
+            if self.with_camera:
+                camera.add_reference(context.scene)
+        except camera.CannotUseCamera as error:
+            # Blender has not looked into such a file before; as the picture it is chosen, which undo takes back.
+            self.report({"ERROR"}, str(error))
         return {"FINISHED"}
 
 

@@ -33,9 +33,9 @@ _texture: gpu.types.GPUTexture | None = None
 _shown: Preview | None = None
 _pending: Preview | None = None
 _is_waiting = False
-"""What was done for a job's first picture was enough for one drawing of the view; the rest waits for another."""
-_rehearsed: gpu.types.GPUTexture | None = None
-"""The texture whose drawing the driver has compiled."""
+"""What was done for the first picture was enough for one drawing of the view; the rest waits for another."""
+_rehearsed: set[tuple[int, int]] = set()
+"""Sizes of the textures whose drawing the driver has compiled; for a width or height of 2^n software GL does so once more."""
 _are_corners_compiled = False
 _serial = 0
 _asked: tuple = ()
@@ -61,8 +61,8 @@ def _take(events: list[Event]) -> None:
 
 def clear() -> None:
     """Show nothing any more."""
-    global _texture, _rehearsed, _shown, _pending, _asked, _is_waiting
-    _texture = _rehearsed = _shown = _pending = None
+    global _texture, _shown, _pending, _asked, _is_waiting
+    _texture = _shown = _pending = None
     _asked, _is_waiting = (), False
 
 
@@ -188,29 +188,34 @@ def _prepare() -> None:
     """Called before every 3D view is drawn: makes the newest preview a texture, and has the driver compile its drawing.
 
     A driver compiles at a first drawing, software GL for 40 ms. While it draws the view its threads take the processor from
-    that, so this comes before. A job's first picture is made ready in three drawings of the view.
+    that, so this comes before. The first picture of all is made ready in three drawings of the view, a later one in one.
     """
-    global _texture, _rehearsed, _shown, _is_waiting, _are_corners_compiled
+    global _texture, _shown, _is_waiting, _are_corners_compiled
     job = _drawn_job()
     if job is None or _is_waiting:
         return
     # Newer ones wait until the first one is shown: to make them as well would be felt.
-    is_first_on_its_way = _shown is not None and _shown.job == job.id and _rehearsed is None
+    is_first_on_its_way = _shown is not None and _shown.job == job.id and not _rehearsed
     if _pending is not None and _pending is not _shown and _pending.c2w and not is_first_on_its_way:
-        _is_waiting = _rehearsed is None
+        _is_waiting = not _rehearsed
         _texture, _shown = _make_texture(_pending), _pending
         if _is_waiting:
             return
-    if _texture is None or _texture is _rehearsed or _shown.job != job.id:
+    if _texture is None or is_ready() or _shown.job != job.id:
         return
     if _are_corners_compiled:
         # Now, so that the picture is shown whatever becomes of this.
-        _rehearsed = _texture
+        _rehearsed.add((_texture.width, _texture.height))
         _rehearse(job, has_colors=True)
     else:
         # Without colors the driver compiles what becomes of the corners, and little else.
         _are_corners_compiled = _is_waiting = True
         _rehearse(job, has_colors=False)
+
+
+def is_ready() -> bool:
+    """There is a picture that the driver can draw without compiling anything."""
+    return _texture is not None and (_texture.width, _texture.height) in _rehearsed
 
 
 def _rehearse(job: Job, has_colors: bool) -> None:
@@ -233,7 +238,7 @@ def _drawn_job() -> Job | None:
 def _draw() -> None:
     """Called after every 3D view was drawn; reads state, changes nothing."""
     job = _drawn_job()
-    if job is None or _texture is None or _texture is not _rehearsed or _shown.job != job.id:
+    if job is None or not is_ready() or _shown.job != job.id:
         return
     forward = np.array(bpy.context.region_data.view_matrix)[2, :3]
     if forward @ np.array(_shown.c2w).reshape(4, 4)[:3, 2] >= np.cos(np.radians(MAX_TURN_DEG)):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import bpy
 from bpy.props import BoolProperty, EnumProperty, FloatProperty, IntProperty, StringProperty
 
 from . import engine_setup
-from .engine_state import EngineSettings
+from .engine_state import EngineSettings, options_of
 from .protocol import default_data_folder
 
 
@@ -129,7 +128,7 @@ def engine_settings() -> EngineSettings:
         else str(default_data_folder()),
         device=preferences.device,
         idle_minutes=preferences.idle_minutes,
-        extra_arguments=tuple(shlex.split(preferences.engine_options)),
+        extra_arguments=options_of(preferences.engine_options),
         remote_endpoint=preferences.remote_endpoint if preferences.use_remote else "",
         server_key_file=bpy.path.abspath(preferences.server_key_file),
         client_key_file=bpy.path.abspath(preferences.client_key_file),

@@ -10,7 +10,7 @@ import bpy
 from . import background, camera, link, pictures, preferences, scene_tools
 from .jobs import Notes
 from .properties import PROMPTED
-from .protocol import Submit, new_job_id
+from .protocol import ProtocolError, Submit, new_job_id
 
 PROJECT_OVERRIDES = {"mesh.project_only": True, "optimize.n_steps": 0, "optimize.warm_start_views": 0}
 
@@ -56,7 +56,7 @@ def start_job(context: bpy.types.Context) -> Notes:
     """Send a job for the scene's picture.
 
     Raises:
-        NoPicture, CannotUseCamera, BadSettings: Something cannot be sent; the message says what.
+        NoPicture, CannotUseCamera, BadSettings, ProtocolError: Something cannot be sent; the message says what.
     """
     settings = context.scene.conrad
     start = settings.start if settings.use_start else None
@@ -123,15 +123,15 @@ def _send(
 def _sending(
     request: Submit, notes: Notes, image: bpy.types.Image, mask: bpy.types.Image | None, scene: bpy.types.Scene
 ) -> background.Steps:
-    """Add the picture to a job that is in the list, and send it. Raises NoPicture."""
+    """Add the picture to a job that is in the list, and send it; without it, or with more than the protocol takes, the job
+    leaves the list. Raises NoPicture, ProtocolError."""
     session = link.session()
     try:
-        fields = yield from pictures.job_fields(image, mask, scene)
-    except pictures.NoPicture:
+        request = replace(request, **(yield from pictures.job_fields(image, mask, scene)))
+        yield partial(session.table.keep_request, request)
+    except (pictures.NoPicture, ProtocolError):
         session.table.remove(notes.job)
         raise
-    request = replace(request, **fields)
-    yield partial(session.table.keep_request, request)
     if notes.job in session.table.jobs:
         session.submit(request, notes)
     else:
@@ -146,7 +146,7 @@ def _sending_later(
     try:
         yield from pictures.until_decoded(image, mask)
         yield from steps
-    except pictures.NoPicture as error:
+    except (pictures.NoPicture, ProtocolError) as error:
         link.session().table.remove(notes.job)
         link.session().problem = f"{notes.name}: {error}"
         link.sync_list()

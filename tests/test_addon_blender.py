@@ -1,10 +1,11 @@
 """The add-on in real Blender: the built zip is installed as an extension into empty preferences, with its own wheels.
 
-    CONRAD_BPY_PYTHON=/venv-bpy45/bin/python:/venv-bpy42/bin/python python -m pytest -m blender tests/test_addon_blender.py
+    CONRAD_BPY_PYTHON=/venv-bpy45/bin/python:/venv-bpy42/bin/python pytest -m "blender and not slow" tests/test_addon_blender.py
 
 Each interpreter has the bpy module (`pip install bpy==4.5.15`). Without the variable this interpreter is tried. pyzmq's
 wheels are fetched by pip into the cache folder unless they are there. The measured figures are printed at the end; `-k shows`
-runs only the tests that measure them.
+runs only the tests that measure them, in three minutes an interpreter. `-m blender` takes the place of pyproject's
+`not slow`: it also kills Blender at 20 random moments, which takes four minutes more an interpreter.
 """
 
 from __future__ import annotations

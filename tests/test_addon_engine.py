@@ -17,7 +17,7 @@ import pytest
 
 from blender_addon import background, engine_setup
 from blender_addon.child import CANNOT_RUN, Child, clean_environment, tail
-from blender_addon.engine_state import EngineSettings, State
+from blender_addon.engine_state import EngineSettings, State, options_of
 from blender_addon.jobs import JobTable, Notes
 from blender_addon.launcher import MAX_FAILURES, CannotStart, Launcher
 from blender_addon.protocol import Cancel, GuessElevation, Keep, Resume
@@ -124,6 +124,8 @@ def test_steps_go_on_from_tick_to_tick_and_what_fails_in_a_thread_is_theirs():
     until(lambda: not background.go_on())
     assert told == [7, "no number"]
     assert background.finish(x for x in ()) is None
+    assert background.finish(steps()) == 4 and told[2:] == [7, "no number"], "as much as when they are done at once"
+    del told[2:]
     background.start(steps())
     background.clear()
     assert not background.go_on() and told == [7, "no number"]
@@ -167,6 +169,28 @@ def test_cancelling_a_check_that_does_not_end_waits_for_nothing(tmp_path):
     check.cancel()
     assert time.monotonic() - began < 0.5, "Blender stood still until the process was killed"
     until(lambda: check._child.exit_code is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ()),
+        ("--devices cuda:0,cuda:1  --data '/a b' # x", ("--devices", "cuda:0,cuda:1", "--data", "/a b", "#", "x")),
+        ("--data /home/o'brien", ("--data", "/home/o'brien")),
+        ("--data /end\\", ("--data", "/end\\")),
+        (r"--data /a\ b", ("--data", "/a b")),
+    ],
+)
+def test_options_are_read_as_they_are_written(text, words):
+    assert options_of(text, is_windows=False) == words
+
+
+def test_paths_of_windows_keep_their_backslashes():
+    assert options_of(r'--find-links "C:\My Wheels" D:\x', is_windows=True) == (
+        "--find-links",
+        r"C:\My Wheels",
+        r"D:\x",
+    )
 
 
 def make_wheel(folder: Path, doctor: str = '{"ok": true, "version": "9", "python": "3", "torch": "2"}') -> Path:
@@ -219,7 +243,13 @@ def test_set_up_never_builds_on_blenders_python(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"), [("raise SystemExit(1)", "does not run"), ("print('3 9'); print('/usr')", "is Python 3.9")]
+    ("body", "reason"),
+    [
+        ("raise SystemExit(1)", "does not run"),
+        ("print('some'); print('words')", "does not run"),
+        ("print(); print('words')", "does not run"),
+        ("print('hello'); print('3 9'); print('/usr')", "is Python 3.9"),
+    ],
 )
 def test_set_up_says_what_is_wrong_with_a_python(tmp_path, body, reason):
     setup = engine_setup.SetUp(tmp_path / "engine", make_wheel(tmp_path), script(tmp_path / "python", body))

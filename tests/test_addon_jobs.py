@@ -103,6 +103,19 @@ def test_a_job_that_was_not_sent_is_kept_until_the_engine_has_it(tmp_path):
     assert JobTable(tmp_path).unsent() == {}
 
 
+def test_a_file_that_cannot_be_removed_keeps_no_message_from_its_job(tmp_path, monkeypatch):
+    def refuse(path, missing_ok=False):
+        raise PermissionError("another program reads it")
+
+    table = JobTable(tmp_path)
+    table.keep_request(Submit(new_job_id(), "pot", picture=b"bytes"))
+    job = table.add(Notes("1" * 32, "pot"))
+    monkeypatch.setattr(Path, "unlink", refuse)
+    table.confirmed(job.id)
+    table.remove(job.id)
+    assert not table.jobs
+
+
 def test_a_camera_from_a_file_is_whole_or_none():
     whole = setup_json(np.eye(4), (50.0, 50.0, 32.0, 24.0), 64, 48, np.zeros(3), 1.0)
     assert is_setup(whole) and is_setup(json.loads(json.dumps(whole)))

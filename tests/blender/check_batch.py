@@ -88,6 +88,29 @@ def check_resuming(folder: Path) -> None:
     assert len([item for item in bpy.data.objects if item.get("conrad_job")]) == 3, "finished ones come back"
 
 
+def check_another_file(folder: Path) -> None:
+    """A batch does not go on in a file that is opened meanwhile, and is gone on with in its own."""
+    batch_run, link = part("batch_run"), part("link")
+    own, before = str(folder / "batch.blend"), len(bpy.data.objects)
+    settings = bpy.context.scene.conrad.batch
+    settings.folder, settings.out_folder, settings.output = str(folder / "in"), str(folder / "files"), "GRID"
+    bpy.ops.wm.save_as_mainfile(filepath=own)
+    bpy.ops.conrad.batch_start()
+    pump_until(lambda: "sent" in states().values() and batch_run._at_hand is None)
+    sent = {item.job for item in batch_run.current.items if item.state == "sent"}
+    bpy.ops.wm.read_homefile(use_empty=True)
+    assert batch_run.current is None and not batch_run.is_running and "Another file" in batch_run.message
+    assert not bpy.context.window_manager.conrad.batch
+    pump_until(lambda: all(link.session().table.jobs[job].state_name == "done" for job in sent))
+    assert not bpy.data.objects, "nothing comes into a file that has not asked for it"
+    bpy.ops.wm.open_mainfile(filepath=own)
+    assert not batch_run.message
+    bpy.ops.conrad.batch_start()
+    pump_until(lambda: not batch_run.is_running)
+    assert states() == FINISHED and sent <= {item.job for item in batch_run.current.items}
+    assert len(bpy.data.objects) == before + 3
+
+
 def check_patience(folder: Path) -> None:
     """Of a picture that an earlier Blender sent, nothing is known before the engine has told of all its jobs."""
     batch, batch_run, jobs, link = part("batch"), part("batch_run"), part("jobs"), part("link")
@@ -319,6 +342,7 @@ def run() -> None:
     make_pictures(folder / "in")
     check_glb(folder)
     check_resuming(folder)
+    check_another_file(folder)
     check_patience(folder)
     check_library(folder)
     check_retry(folder)

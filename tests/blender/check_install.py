@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
+from pathlib import Path
 
 import bpy
 import numpy as np
@@ -57,7 +59,7 @@ def check_cycles() -> None:
     assert max(longest.values()) < LIMIT_S
     assert bpy.context.scene.conrad.image.name == "picture", "the file's settings outlive disabling"
     found = leftovers()
-    assert len(found["handlers"]) == 6 and found["properties"] == {"conrad"} and len(found["status bar"]) == 1
+    assert len(found["handlers"]) == 7 and found["properties"] == {"conrad"} and len(found["status bar"]) == 1
 
 
 def check_first_use() -> None:
@@ -76,12 +78,25 @@ def check_first_use() -> None:
     chosen.remote_endpoint = "tcp://127.0.0.1:5555"
     assert preferences.why_no_engine() == ""
     chosen.use_remote = False
+    chosen.engine_options = "--data /home/o'brien"
+    assert preferences.engine_settings().extra_arguments == ("--data", "/home/o'brien")
+    chosen.engine_options = ""
     assert part("engine_setup").bundled_wheel(preferences.addon_folder()) is not None
     operators = part("operators_engine")
     if not bpy.app.online_access:
         assert "Online Access" in operators.why_no_setup()
     chosen.is_offline = True
     assert "wheel folder" in operators.why_no_setup()
+    chosen.find_links = bpy.app.tempdir
+    preferences.setup_folder().write_bytes(b"no folder")
+    try:
+        bpy.ops.conrad.set_up_engine()
+        raise AssertionError("no error is reported")
+    except RuntimeError as error:
+        assert "cannot be written" in str(error) and "Traceback" not in str(error), error
+    preferences.setup_folder().unlink()
+    assert operators.running_setup is None
+    chosen.find_links = ""
 
 
 def check_dead_engine() -> None:
@@ -98,6 +113,25 @@ def check_dead_engine() -> None:
     assert "exit code 1" in part("operators_engine").report_text()
     session.problem = preferences.get().engine_python = ""
     part("link").refresh_settings()
+
+
+def check_render_thread() -> None:
+    """A window renders in a thread of its own, which leaves the connection to the main one; a script in the main thread."""
+    handlers, session, threads = part("handlers"), part("link").session(), []
+    preferences = part("preferences").get()
+    preferences.free_before_render = True
+    session.free_memory = lambda pause_jobs: threads.append(threading.current_thread())
+    renderer = threading.Thread(target=handlers._render_init)
+    renderer.start()
+    renderer.join()
+    assert not threads
+    part("link").pump()
+    assert threads == [threading.main_thread()]
+    part("link").pump()
+    handlers._render_init()
+    assert threads == 2 * [threading.main_thread()]
+    preferences.free_before_render = False
+    del session.free_memory
 
 
 def check_own_presets() -> None:
@@ -141,6 +175,13 @@ def check_drop() -> None:
     image = bpy.data.images.new("dropped", 8, 8)
     image.filepath_raw, image.file_format = bpy.app.tempdir + "dropped.png", "PNG"
     image.save()
+    Path(bpy.app.tempdir, "damaged.tif").write_bytes(b"II*\0 and no more")
+    try:
+        bpy.ops.conrad.drop_picture("EXEC_DEFAULT", filepath=bpy.app.tempdir + "damaged.tif", with_camera=True)
+        raise AssertionError("no error is reported")
+    except RuntimeError as error:
+        assert "has no pixels" in str(error) and "Traceback" not in str(error), error
+    assert scene.conrad.camera is None
     bpy.ops.conrad.drop_picture("EXEC_DEFAULT", filepath=image.filepath_raw, with_camera=True)
     assert scene.conrad.image.name.startswith("dropped") and scene.conrad.camera is not None
 
@@ -162,6 +203,7 @@ def run() -> None:
     check_cycles()
     check_first_use()
     check_dead_engine()
+    check_render_thread()
     check_own_presets()
     check_mask()
     check_drop()

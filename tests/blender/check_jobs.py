@@ -165,6 +165,43 @@ def check_failure_and_queue() -> None:
     assert "shows no object" in bad.status()
 
 
+def check_too_much() -> None:
+    """What the protocol does not take is said in words, and leaves no job that is being sent for ever."""
+    scene, session, before = bpy.context.scene, part("link").session(), set(table().jobs)
+    image, scene.conrad.extra = scene.conrad.image, "a=" + 9000 * "b"
+    try:
+        bpy.ops.conrad.generate()
+        raise AssertionError("no error is reported")
+    except RuntimeError as error:
+        assert "submit.overrides cannot be sent" in str(error) and "Traceback" not in str(error), error
+    scene.conrad.image = painted("large pot", 1200, 900)
+    bpy.ops.conrad.generate()
+    pump_until(lambda: set(table().jobs) == before)
+    assert session.problem.startswith("large pot: submit.overrides cannot be sent"), session.problem
+    assert len(bpy.context.window_manager.conrad.jobs) == len(before)
+    session.problem, scene.conrad.extra, scene.conrad.image = "", "", image
+
+
+def check_failing_listener() -> None:
+    """Whatever goes wrong with thumbnails and overlay, the result comes in."""
+
+    def fail(events: object) -> None:
+        raise OSError("no space left on device")
+
+    link = part("link")
+    link.listeners.insert(0, fail)
+    try:
+        job, end = submit("full disk"), time.monotonic() + 60
+        while not made_by(job):
+            link.pump()
+            time.sleep(0.02)
+            assert time.monotonic() < end, f"the result does not come in: {link.last_error}"
+        assert "no space left" in link.last_error
+    finally:
+        link.listeners.remove(fail)
+        link.last_error = ""
+
+
 def check_triangles() -> None:
     """Faces of any number of corners become triangles; those that are triangles already are taken as they lie."""
     triangles_of = part("pictures")._triangles_of
@@ -204,6 +241,24 @@ def check_waiting_in_another_file(folder: Path) -> None:
     assert len(bpy.context.window_manager.conrad.jobs) == len(table().jobs)
     bpy.ops.wm.open_mainfile(filepath=str(folder / "first.blend"))
     bpy.ops.conrad.import_result(job=job.id)
+    pump_until(lambda: made_by(job))
+
+
+def check_file_after_undo(folder: Path) -> None:
+    """A file is known again although undo went back behind the moment at which a job was started in it."""
+    bpy.ops.ed.undo_push(message="before")
+    bpy.context.scene.conrad.file_id = ""
+    bpy.ops.ed.undo_push(message="nameless")
+    bpy.context.scene.conrad.seed += 1
+    bpy.ops.ed.undo_push(message="seed")
+    job = submit("undone")
+    token = bpy.context.scene.conrad.file_id
+    bpy.ops.ed.undo()
+    assert token and not bpy.context.scene.conrad.file_id
+    bpy.ops.wm.save_as_mainfile(filepath=str(folder / "undone.blend"))
+    bpy.ops.wm.read_homefile(use_empty=True)
+    bpy.ops.wm.open_mainfile(filepath=str(folder / "undone.blend"))
+    assert part("link").file_token == token == job.notes.file_token
     pump_until(lambda: made_by(job))
 
 
@@ -424,9 +479,12 @@ def run() -> None:
         check_guess,
         check_steering,
         check_failure_and_queue,
+        check_too_much,
+        check_failing_listener,
         check_triangles,
         check_start_mesh,
         lambda: check_waiting_in_another_file(folder),
+        lambda: check_file_after_undo(folder),
         lambda: check_pictures_of_all_kinds(folder),
         check_large_pictures,
         check_render_result,

@@ -187,6 +187,7 @@ def drive(window: Window, job_limit_s: float) -> None:
     window.key("ctrl+shift+z")
     window.until(lambda s: s["camera"], "redo brings it back")
     state = window.until(lambda s: len(s["made"]) == 1, "the object is there", job_limit_s)
+    assert not state["is_rehearsed_anew"], "the overlay rehearses what the driver has compiled already"
     n_objects = state["n_undone"]
     window.rest()
     window.shot("5_object")

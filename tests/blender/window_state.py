@@ -23,6 +23,8 @@ STATE_FILE, DATA_FOLDER, PICTURE, MORE_SETTINGS = sys.argv[sys.argv.index("--") 
 
 longest_s: dict[str, tuple[float, float]] = {}
 """Wall and own processor seconds of the longest call of everything that Blender calls, by its name."""
+rehearsed: list[tuple[int, int, bool]] = []
+"""Sizes of the pictures whose drawing the overlay has rehearsed, each with or without colors."""
 
 
 @contextmanager
@@ -59,6 +61,14 @@ def timed_handler(name: str, handler: Callable[[], None]) -> Callable[[], None]:
     return call
 
 
+def noted(rehearse: Callable[[Any, bool], None], overlay: Any) -> Callable[[Any, bool], None]:
+    def call(job: Any, has_colors: bool) -> None:
+        rehearsed.append((*overlay._shown.rgb.shape[:2], has_colors))
+        rehearse(job, has_colors)
+
+    return call
+
+
 def watch() -> None:
     """Time panels, operators and the overlay; the add-on times its ticks itself."""
     overlay = import_module(f"{MODULE}.overlay")
@@ -71,6 +81,7 @@ def watch() -> None:
     link.pump = timed_tick(link.pump)
     # They are registered once more, with the clock around them.
     overlay.unregister()
+    overlay._rehearse = noted(overlay._rehearse, overlay)
     overlay._prepare = timed_handler("overlay before a view", overlay._prepare)
     overlay._draw = timed_handler("overlay", overlay._draw)
     overlay.register()
@@ -230,7 +241,8 @@ def tell() -> float:
         "job": job.state_name if job else "",
         "step": job.steps[0] if job else 0,
         "serial": job.preview.serial if job and job.preview else 0,
-        "is_drawn": overlay._rehearsed is not None,
+        "is_drawn": overlay.is_ready(),
+        "is_rehearsed_anew": len(set(rehearsed)) < len(rehearsed),
         "made": [item.name for item in bpy.data.objects if item.get("conrad_job")],
         "n_undone": len(bpy.data.objects),
         "mode": bpy.context.window_manager.windows[0].view_layer.objects.active.mode
