@@ -143,7 +143,6 @@ class EmbeddedPrior:
         scale: float | None = None,
         generator: torch.Generator | None = None,
         is_joint: bool = True,
-        known: tuple[Float[Tensor, "m 4 h w"], Camera] | None = None,
         on_step: Callable[[int], None] | None = None,
         n_drafts: int = 1,
         temperature: float = 1.0,
@@ -156,17 +155,10 @@ class EmbeddedPrior:
             scale: Classifier-free guidance; the configured one when None.
             generator: Source of the noise.
             is_joint: Denoise all views together, so that they agree; one by one otherwise.
-            known: Finished views and their cameras, as further references.
             on_step: Called after each step with the number of steps done, from 1 to `n_steps`; it may raise to stop.
             n_drafts, temperature: See `ConditionedPrior.sample`.
         """
         rows = camera_rows(cameras.to(self.device), self._base_azimuth_rad)
-        finished = None
-        if known is not None:
-            pictures = resized(known[0].to(self.device, torch.float32), self.picture_size) * 2 - 1
-            finished = pictures, camera_rows(known[1].to(self.device), self._base_azimuth_rad)
         scale = self.config.scale if scale is None else scale
-        clean = self._ready().sample(
-            rows, n_steps, scale, generator, is_joint, finished, on_step, n_drafts, temperature
-        )
+        clean = self._ready().sample(rows, n_steps, scale, generator, is_joint, on_step, n_drafts, temperature)
         return (clean + 1) / 2

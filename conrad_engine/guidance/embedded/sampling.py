@@ -77,7 +77,6 @@ class ConditionedPrior:
         scale: float,
         generator: torch.Generator | None = None,
         is_joint: bool = True,
-        known: tuple[Tensor, Tensor] | None = None,
         on_step: Callable[[int], None] | None = None,
         n_drafts: int = 1,
         temperature: float = 1.0,
@@ -90,40 +89,25 @@ class ConditionedPrior:
 
         Args:
             cameras: The same number for each reference, reference by reference.
-            known: Finished pictures in [-1, 1] of the same references and their cameras: they join as targets without noise.
             on_step: Called after each step with the number of steps done, from 1 to `n_steps`; it may raise to stop.
             n_drafts: Draws of noise; each costs a denoising in the first 1 - `AGREED_UNTIL` of the steps.
             temperature: Width of the noise at the start; below 1 the pictures are likelier ones.
         """
-        r, size, n_targets = self.n_references, self.net.size, len(cameras) // self.n_references
+        size = self.net.size
         source = cameras.device if generator is None else generator.device
         shape = n_drafts, len(cameras), 4, size, size
         drafts = torch.randn(shape, generator=generator, device=source).to(cameras.device) * temperature
-        finished, finished_cameras = known if known is not None else (drafts[0, :0], cameras[:0])
-        all_cameras = _joined(cameras, finished_cameras, r)
-        is_open = _joined(torch.ones_like(cameras[:, 0]), torch.zeros_like(finished_cameras[:, 0]), r)
         clean = drafts[0]
         for step in range(n_steps):
             time = 1 - step / n_steps
             now, then = (math.pi / 2 * (1 - k / n_steps) for k in (step, step + 1))
             if time <= AGREED_UNTIL:
                 drafts = drafts[:1]
-            cleans = []
-            for draft in drafts:
-                joined = self.denoised(_joined(draft, finished, r), is_open * time, all_cameras, scale, is_joint)
-                cleans.append(_by_reference(joined, r)[:, :n_targets].flatten(0, 1))
-            noises = (drafts - math.cos(now) * torch.stack(cleans)) / math.sin(now)
-            clean = torch.stack(cleans).mean(0)
+            t = torch.full_like(cameras[:, 0], time)
+            cleans = torch.stack([self.denoised(draft, t, cameras, scale, is_joint) for draft in drafts])
+            noises = (drafts - math.cos(now) * cleans) / math.sin(now)
+            clean = cleans.mean(0)
             drafts = math.cos(then) * clean + math.sin(then) * noises
             if on_step is not None:
                 on_step(step + 1)
         return clean
-
-
-def _by_reference(rows: Tensor, n_references: int) -> Tensor:
-    return rows.reshape(n_references, len(rows) // n_references, *rows.shape[1:])
-
-
-def _joined(rows: Tensor, others: Tensor, n_references: int) -> Tensor:
-    """Rows of each reference followed by other rows of the same reference."""
-    return torch.cat([_by_reference(rows, n_references), _by_reference(others, n_references)], 1).flatten(0, 1)

@@ -7,7 +7,7 @@ at the origin, without roll, and the reference's silhouette is `REFERENCE_EXTENT
 
 One U-Net is used twice with the same weights (two streams, as 3DiM, arXiv:2210.04628): once on the reference picture (no
 noise, once an object: `encode`), then on the noisy targets, whose attention layers also see the reference's tokens. Targets of
-one reference may be denoised jointly: then each also sees the tokens of the others. A finished view is a target with t = 0.
+one reference may be denoised jointly: then each also sees the tokens of the others.
 """
 
 from __future__ import annotations
