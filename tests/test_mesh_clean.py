@@ -38,6 +38,16 @@ def test_weld_joins_corners_and_drops_empty_faces():
     assert euler_number(welded) == 2 and manifold_share(welded.faces) == 1.0
 
 
+def test_a_flap_without_thickness_goes_as_a_whole():
+    ball = sphere_mesh(0.5, 8)
+    a, b = ball.faces[0][:2]
+    flap = np.array([[a, b, len(ball.vertices)], [len(ball.vertices), b, a]], np.int32)
+    apex = ball.vertices[[a]] * 1.5
+    welded = weld(Mesh(np.concatenate([ball.vertices, apex]), np.concatenate([ball.faces, flap])))
+    assert len(welded.faces) == len(ball.faces) and len(welded.vertices) == len(ball.vertices)
+    assert euler_number(welded) == 2 and manifold_share(welded.faces) == 1.0
+
+
 def test_decimation_keeps_shape_and_manifold_edges():
     mesh = decimate(sphere_mesh(0.5, 80), 2000)
     assert 1500 < len(mesh.faces) <= 2000 and manifold_share(mesh.faces) >= 0.99

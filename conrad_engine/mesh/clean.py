@@ -42,12 +42,16 @@ def clean_mesh(mesh: Mesh, config: MeshConfig, views: Sequence[SurfaceView] = ()
 
 
 def weld(mesh: Mesh) -> Mesh:
-    """Vertices at the same place joined, degenerate and double faces dropped."""
+    """Vertices at the same place joined, degenerate faces dropped. Of double faces one stays; two that look opposite ways,
+    a flap without thickness as decimation leaves it, both go: one of them would be a third face at an edge."""
     vertices, index = np.unique(mesh.vertices, axis=0, return_inverse=True)
     faces = index.reshape(-1)[mesh.faces].astype(np.int32)
     faces = faces[(faces != np.roll(faces, 1, axis=1)).all(1)]
-    _, first = np.unique(np.sort(faces, axis=1), axis=0, return_index=True)
-    return compact(Mesh(vertices.astype(np.float32), faces[np.sort(first)]))
+    _, first, group = np.unique(np.sort(faces, axis=1), axis=0, return_index=True, return_inverse=True)
+    a, b, c = faces.T
+    turns = np.where((a < b) ^ (b < c) ^ (a < c), 1, -1)  # the sense of the corners' order
+    balance = np.bincount(group.reshape(-1), turns, len(first))
+    return compact(Mesh(vertices.astype(np.float32), faces[np.sort(first[balance != 0])]))
 
 
 def compact(mesh: Mesh) -> Mesh:
