@@ -16,7 +16,7 @@ import bpy
 
 from . import background, batch, camera, importer, link, pictures, preferences, requests, scene_tools
 from .jobs import Job, Notes
-from .protocol import Cancel, Fetch, ProtocolError, Submit, new_job_id
+from .protocol import Cancel, Fetch, Submit, new_job_id
 from .session import with_result_wanted
 
 IN_FLIGHT = 3
@@ -24,13 +24,7 @@ IN_FLIGHT = 3
 READ_LIMIT_S = 120.0
 """A picture that was not read by then lies on a drive that is gone; the others need not wait for it."""
 GLB = "mesh.glb"
-_PICTURES_OWN = (
-    batch.BatchError,
-    pictures.NoPicture,
-    camera.CannotUseCamera,
-    requests.BadSettings,
-    ProtocolError,
-)
+_PICTURES_OWN = (batch.BatchError, *requests.REFUSALS)
 """What may be wrong with a picture; anything else is shown with its traceback."""
 
 current: batch.Batch | None = None

@@ -11,11 +11,10 @@ from bpy.props import BoolProperty, StringProperty
 
 from . import camera, link, pictures, requests
 from .jobs import Job
-from .pictures import NoPicture
-from .protocol import Cancel, Continue, EngineUnavailable, Extract, Keep, Pause, ProtocolError, Resume
+from .protocol import Cancel, Continue, EngineUnavailable, Extract, Keep, Pause, Resume
 from .session import with_result_wanted
 
-CANNOT_SEND = (NoPicture, camera.CannotUseCamera, requests.BadSettings, ProtocolError, EngineUnavailable)
+CANNOT_SEND = (*requests.REFUSALS, EngineUnavailable)
 PICTURE_EXTENSIONS = ".png;.jpg;.jpeg;.webp;.bmp;.tif;.tiff;.tga;.exr;.hdr"
 
 

@@ -19,6 +19,10 @@ class BadSettings(Exception):
     """What is written in More Settings cannot be read; the message says why."""
 
 
+REFUSALS = (pictures.NoPicture, camera.CannotUseCamera, BadSettings, ProtocolError)
+"""Something about a job is wrong before it is sent; the message says what."""
+
+
 def why_not(context: bpy.types.Context) -> str:
     """The reason why Generate is grey, or nothing. Called while drawing: it looks at nothing but settings."""
     settings = context.scene.conrad

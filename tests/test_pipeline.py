@@ -256,29 +256,27 @@ def test_checkpoint_of_another_picture_is_refused(tmp_path):
         pipeline.generate(toy_job(picture=other), tmp_path)
 
 
-def test_a_cancelled_job_says_that_its_checkpoint_was_not_written(tmp_path, monkeypatch):
+def fill_disk(monkeypatch, suffix: str) -> None:
+    """There is no room for files of this kind any more."""
     from conrad_engine import files
 
     def full(source, target, real=files.os.replace):
-        if str(target).endswith(".pt"):
+        if str(target).endswith(suffix):
             raise OSError(28, "No space left on device")
         return real(source, target)
 
     monkeypatch.setattr(files.os, "replace", full)
+
+
+def test_a_cancelled_job_says_that_its_checkpoint_was_not_written(tmp_path, monkeypatch):
+    fill_disk(monkeypatch, ".pt")
     with pytest.raises(InputError, match="checkpoint.pt: the disk is full"):
         pipeline.generate(toy_job(), tmp_path, CancelAt(2))
     assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_full_disk_keeps_the_checkpoint(tmp_path, monkeypatch):
-    from conrad_engine import files
-
-    def full(source, target, real=files.os.replace):
-        if str(target).endswith(".glb"):
-            raise OSError(28, "No space left on device")
-        return real(source, target)
-
-    monkeypatch.setattr(files.os, "replace", full)
+    fill_disk(monkeypatch, ".glb")
     with pytest.raises(InputError, match="disk is full"):
         pipeline.generate(toy_job(), tmp_path)
     assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "mesh.glb").exists()

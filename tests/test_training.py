@@ -197,8 +197,8 @@ def test_times_fit_the_layout():
     torch.manual_seed(0)
     for unit in (1, 3):
         layout = train.training_layout(unit)
-        t = train.draw_times(unit, torch.device("cpu"))
-        assert len(t) == sum(group.n_references * group.n_targets for group in layout) == train.N_TARGETS * unit
+        t = train.draw_times(layout, torch.device("cpu"))
+        assert len(t) == train.count_targets(layout) == 29 * unit
         assert t.min() >= 0 and t.max() <= 1
         rings, few = t[: 22 * unit].view(2 * unit, 11), t[22 * unit :]
         assert (rings == rings[:, :1]).all() and few.max() <= train.MOST_DISTILLED
@@ -273,7 +273,7 @@ def test_two_processes_train_together(rendered, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     log = log_of(tmp_path)
     last = next(entry for entry in reversed(log) if "targets" in entry)
-    assert last["targets"] == last["step"] * train.N_TARGETS * 2
+    assert last["targets"] == last["step"] * 29 * 2
     assert log[0]["gpus"] == 2 and log[-1] == {"event": "finished"}
 
 

@@ -44,9 +44,9 @@ class Descent:
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.parameters, self.averages = list(self.net.parameters()), list(self.ema.parameters())
         is_fused = device.type == "cuda"
-        named = list(self.net.named_parameters())
-        inner = [p for name, p in named if with_muon and is_for_muon(name, p)]
-        rest = [p for name, p in named if not (with_muon and is_for_muon(name, p))]
+        inner, rest = [], []
+        for name, p in self.net.named_parameters():
+            (inner if with_muon and is_for_muon(name, p) else rest).append(p)
         adam = torch.optim.AdamW(rest, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=is_fused)
         self.optimizers = [adam, Muon(inner, lr=1e-4, weight_decay=0.01)] if inner else [adam]
         # All gradients lie in one buffer, so averaging over processes and clipping are single calls.

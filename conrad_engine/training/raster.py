@@ -139,15 +139,18 @@ def fit_distance(
     return distance
 
 
+def places(vertices: np.ndarray) -> np.ndarray:
+    """(n_vertices,): the same number for vertices at the same place, which UV seams split; 16 bits a coordinate."""
+    low = vertices.min(axis=0)
+    grid = np.round((vertices - low) * (60000 / max(float((vertices - low).max()), 1e-9))).astype(np.int64)
+    return np.unique((grid[:, 0] << 34) + (grid[:, 1] << 17) + grid[:, 2], return_inverse=True)[1]
+
+
 def corner_normals(vertices: np.ndarray, faces: np.ndarray, crease_deg: float = 60.0) -> np.ndarray:
     """Smooth normals per face corner (n_faces, 3, 3); corners sharper than the crease keep the face's own normal."""
     corners = vertices[faces]
     face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    # Vertices are split at UV seams, so weld by position: 16 bits a coordinate, packed into one integer.
-    low = vertices.min(axis=0)
-    grid = np.round((vertices - low) * (60000 / max(float((vertices - low).max()), 1e-9))).astype(np.int64)
-    _, welded = np.unique((grid[:, 0] << 34) + (grid[:, 1] << 17) + grid[:, 2], return_inverse=True)
-    ids = welded[faces]
+    ids = places(vertices)[faces]
     sums = np.stack([np.bincount(ids.ravel(), np.repeat(face_normals[:, k], 3)) for k in range(3)], axis=1)
     smooth = sums[ids]
     smooth /= np.maximum(np.linalg.norm(smooth, axis=2, keepdims=True), 1e-12)

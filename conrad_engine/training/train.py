@@ -29,11 +29,12 @@ from ..guidance.embedded.weights import load, to_bytes
 from .batches import Batch, ViewStore
 from .descent import Descent
 from .sheets import write_sheet
+from .views import N_VIEWS
 
 WIDTHS = (128, 224, 224)
 WARMUP_STEPS = 400
-N_TARGETS = 29
-"""Of a unit of `training_layout`."""
+RING = N_VIEWS - 1
+"""Targets drawn together: all of a rendered group."""
 EMA_DECAY = 0.9995
 MOST_DISTILLED = 0.8
 """Highest noise time of small groups."""
@@ -72,21 +73,27 @@ class Workers:
 
 def training_layout(unit: int) -> Layout:
     """29 targets a unit and 5 references: what the product asks for, a ring of views drawn together and a few distilled."""
-    return Group(2 * unit, 11, True), Group(unit, 4, True), Group(unit, 2, True), Group(unit, 1, True)
+    return Group(2 * unit, RING, True), Group(unit, 4, True), Group(unit, 2, True), Group(unit, 1, True)
+
+
+def count_targets(layout: Layout) -> int:
+    return sum(group.n_references * group.n_targets for group in layout)
 
 
 def stratified(n: int, device: torch.device) -> Float[Tensor, " n"]:
     return (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
 
 
-def draw_times(unit: int, device: torch.device) -> Float[Tensor, " b"]:
+def draw_times(layout: Layout, device: torch.device) -> Float[Tensor, " b"]:
     """Noise times for `training_layout`; the targets of a reference share one.
 
-    Rings have every time, high ones more often: there the shape is decided. The others have those of distillation.
+    Rings, which come first, have every time, high ones more often: there the shape is decided. The others have those of
+    distillation.
     """
-    ring, few = stratified(2 * unit, device).sqrt(), MOST_DISTILLED * stratified(3 * unit, device)
-    counts = torch.tensor([11] * (2 * unit) + [4] * unit + [2] * unit + [1] * unit, device=device)
-    return torch.cat([ring, few]).repeat_interleave(counts)
+    counts = [group.n_references for group in layout]
+    few = MOST_DISTILLED * stratified(sum(counts[1:]), device)
+    times = stratified(counts[0], device).sqrt(), *few.split(counts[1:])
+    return torch.cat([t.repeat_interleave(group.n_targets) for t, group in zip(times, layout)])
 
 
 def v_errors(net: torch.nn.Module, batch: Batch, t: Tensor, noise: Tensor, layout: Layout) -> Float[Tensor, " b"]:
@@ -115,7 +122,7 @@ def validate(net: ViewPrior, views: ViewStore, unit: int, cast: torch.autocast) 
     devices = [device] if device.type == "cuda" else []
     bands: dict[str, list[float]] = {}
     with torch.random.fork_rng(devices=devices):
-        for name, n_targets in (("ring", 11), ("pair", 2)):
+        for name, n_targets in (("ring", RING), ("pair", 2)):
             torch.manual_seed(1)
             rows = []
             for _ in range(4):
@@ -161,7 +168,7 @@ class Trainer(Descent):
         widths = tuple(options.widths)
         torch.manual_seed(0)  # the same start in all processes
         net = load(options.init).requires_grad_(True).train() if options.init else ViewPrior(widths)
-        super().__init__(net, self.device, options.ema_decay, options.optimizer == "muon")
+        super().__init__(net, self.device, EMA_DECAY, options.optimizer == "muon")
         self.trained_s = 0.0
         self.cast = torch.autocast(self.device.type, torch.bfloat16)
         self.layout = training_layout(options.unit)
@@ -181,14 +188,14 @@ class Trainer(Descent):
 
     def backward(self, views: ViewStore) -> Tensor:
         """Gradients of one batch into the buffer; returns the mean weighted error of rings and of the other groups."""
-        batch, t = views.batch(self.layout), draw_times(self.options.unit, self.device)
+        batch, t = views.batch(self.layout), draw_times(self.layout, self.device)
         with self.cast:
             errors = v_errors(self.compiled, batch, t, torch.randn_like(batch.targets), self.layout)
         weighted = errors * loss_weights(t)
         self.gradients.zero_()
         weighted.mean().backward()
-        unit = self.options.unit
-        parts = weighted.detach().split([22 * unit, 7 * unit])
+        n_ring = count_targets(self.layout[:1])
+        parts = weighted.detach().split([n_ring, len(weighted) - n_ring])
         return torch.stack([part.mean() for part in parts])
 
     def update(self, rate: float) -> Tensor:
@@ -232,7 +239,7 @@ class Trainer(Descent):
                 progress = self.workers.agree(self.trained_s / (before + budget))
             if self.step % LOG_STEPS == 0 or options.smoke:
                 mean, now = torch.stack(errors).mean(0), time.time()
-                speed = (self.step - mark[1]) * N_TARGETS * options.unit * self.workers.count / (now - mark[0])
+                speed = (self.step - mark[1]) * count_targets(self.layout) * self.workers.count / (now - mark[0])
                 shown = {"step": self.step, "trained_s": round(self.trained_s, 1), "targets_per_s": round(speed)}
                 shown |= {
                     "loss": [round(x, 5) for x in mean.tolist()],
@@ -252,7 +259,7 @@ class Trainer(Descent):
         self.save()
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
         result = validate(self.ema, val, self.options.unit, self.cast)
-        n_targets = self.step * N_TARGETS * self.options.unit * self.workers.count
+        n_targets = self.step * count_targets(self.layout) * self.workers.count
         self.note({"step": self.step, "trained_s": round(self.trained_s, 1), "targets": n_targets, "val": result})
         self.note({"peak_gib": round(peak, 1), "bad": int(self.n_bad)})
         n_objects, n_steps = (2, 2) if self.options.smoke else (20, 25)
@@ -280,7 +287,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peak-rate", type=float, default=5e-4, help="largest learning rate")
     parser.add_argument("--decay-from", type=float, default=0.45, help="part of the plan after which the rate falls")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="of the hidden layers' matrices")
-    parser.add_argument("--ema-decay", type=float, default=EMA_DECAY)
     parser.add_argument("--unit", type=int, default=16, help="29 targets and 5 references a step and process")
     parser.add_argument("--most-rounds", type=int, default=24, help="rounds kept on the device, 2 GB each")
     parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS)

@@ -27,13 +27,21 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from ..config import HALF_BOX, HALF_FRAME, REFERENCE_EXTENT
 from ..errors import ConradError, InputError
+from ..mesh.clean import face_components
 from .pool import Pool, PoolMesh
-from .raster import Light, Rasterizer, compiled_library, fit_distance, orbit_camera, orbit_position, random_light
+from .raster import (
+    Light,
+    Rasterizer,
+    compiled_library,
+    fit_distance,
+    orbit_camera,
+    orbit_position,
+    places,
+    random_light,
+)
 from .shapes import random_color, random_shape
 from .sources import SOURCES, selected_sources
 
@@ -235,18 +243,13 @@ def reshaped(rng: np.random.Generator, vertices: np.ndarray) -> np.ndarray:
 
 def without_parts(rng: np.random.Generator, mesh: PoolMesh) -> PoolMesh:
     """The mesh without some of its smaller connected pieces."""
-    n_vertices = len(mesh.vertices)
-    places = np.unique(np.round(mesh.vertices * 2e4).astype(np.int64), axis=0, return_inverse=True)[1].reshape(-1)
-    corners = places[mesh.faces]
-    starts, ends = corners[:, [0, 1]].ravel(), corners[:, [1, 2]].ravel()
-    edges = coo_matrix((np.ones(len(starts)), (starts, ends)), shape=(n_vertices, n_vertices))
-    part = connected_components(edges, directed=False)[1][corners[:, 0]]
+    part = face_components(places(mesh.vertices)[mesh.faces], len(mesh.vertices))
     first, second, third = mesh.vertices[mesh.faces].transpose(1, 0, 2)
     area = np.bincount(part, np.linalg.norm(np.cross(second - first, third - first), axis=1))
     is_gone = (rng.random(len(area)) < P_PART_GONE) & (area < LARGEST_PART * area.sum())
-    kept = ~is_gone[part]
     if area[is_gone].sum() > LARGEST_PART * area.sum():
         return mesh
+    kept = ~is_gone[part]
     used, faces = np.unique(mesh.faces[kept], return_inverse=True)
     return replace(
         mesh,
