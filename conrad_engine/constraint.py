@@ -23,6 +23,7 @@ from .rendering.compositing import quantile_distances
 from .rendering.interfaces import Field
 from .rendering.occupancy import OccupancyGrid
 from .rendering.renderer import render_density
+from .resampling import reduced_by_area
 
 WINDOW_MARGIN = 0.04
 """Margin around the silhouette's box, as a part of its longest side."""
@@ -61,14 +62,12 @@ class ReferenceView:
         size = max(1, round(height * scale)), max(1, round(width * scale))
         # Colors are averaged by mask, so that nothing of what was continued past it comes back in.
         weight = self.mask + 1e-3
-        mask = F.interpolate(self.mask[None], size, mode="area")[0]
-        rgb = F.interpolate((self.rgb * weight)[None], size, mode="area") / F.interpolate(
-            weight[None], size, mode="area"
-        )
+        mask = reduced_by_area(self.mask, *size)
+        rgb = reduced_by_area(self.rgb * weight, *size) / reduced_by_area(weight, *size)
         surface = self.surface
         if surface is not None:
             surface = F.interpolate(surface[None], size, mode="nearest-exact")[0]
-        return ReferenceView(rgb[0], mask, self.camera.resized(size[1], size[0]), surface)
+        return ReferenceView(rgb, mask, self.camera.resized(size[1], size[0]), surface)
 
 
 def reference_view(

@@ -40,8 +40,8 @@ from .redraw import redraw_texture
 from .rendering.interfaces import Field
 from .rendering.renderer import Picture, render_picture
 
-MEASURED_PICTURE = 512
-"""Pixels along the longer side at which the result is compared with the picture."""
+MEASURED_PICTURE = 1024
+"""Most pixels along the longer side at which the result is compared with the picture: smaller ones are at their own size."""
 FIELD_SAMPLES = 192
 FIELD_POINTS = 1 << 20
 """Points of the field evaluated at once, while the mesh takes memory as well."""

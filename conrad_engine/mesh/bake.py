@@ -7,20 +7,20 @@ sees well continues the photos' colors; see `blend`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 from torch import Tensor
 
 from ..cameras import Camera
 from ..config import MeshConfig
+from ..resampling import between_pixels, reduced_by_area
 from .blend import complete_colors
 from .mesh import TexturedMesh, dots, lengths
-from .raster import rasterize, rasterize_projected
+from .raster import rasterize, rasterize_projected, render_mesh
 from .unwrap import UnwrappedMesh
 
 Z_BUFFER = 1024
@@ -33,6 +33,8 @@ STREAK = 0.02
 """Colors nearer than this count as equal."""
 LONG_EDGE, N_SUBDIVISIONS, MOST_FACES = 0.03, 10, 400_000
 """Longer edges, as a part of the mesh's size, are halved for blending; bounds of that."""
+N_CORRECTIONS = 2
+"""Times that the texture is corrected by what its photos' cameras miss."""
 CHUNK = 1 << 19
 
 
@@ -73,14 +75,44 @@ def bake_texture(
     size, whole = config.texture_size, mesh
     mesh = _subdivided(mesh)
     texels = surface_texels(mesh, size)
-    photo, weight = seen_by_photos(mesh, texels.positions, texels.normals, photos, config, texel_length(mesh, size))
+    spacing = texel_length(mesh, size)
+    photo, weight = seen_by_photos(mesh, texels.positions, texels.normals, photos, config, spacing)
     # The rest are the photo's alone: what the field would say there is slow to ask.
     rest = np.flatnonzero(weight < 1)
     field = _field_colors(texels.positions[rest], color)
     base = field + _change_at_texels(mesh, texels.faces[rest], texels.barycentric[rest], field, color, photos, config)
     colors, share = photo.copy(), weight[rest, None]
     colors[rest] = share * photo[rest] + (1 - share) * base
-    return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, as_texture(colors, texels))
+    made = TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, as_texture(colors, texels))
+    for _ in range(N_CORRECTIONS if photos else 0):
+        missing = [_missing(made, photo, spacing) for photo in photos]
+        change, weight = seen_by_photos(mesh, texels.positions, texels.normals, missing, config, spacing)
+        colors = (colors + weight[:, None] * change).clip(0, 1)
+        made = replace(made, texture=as_texture(colors, texels))
+    return made
+
+
+def _missing(mesh: TexturedMesh, photo: Photo, spacing: float) -> Photo:
+    """What the photo has and its camera's view of the mesh lacks, where both show nothing but the object.
+
+    A texture is looked at through its texels, which is one more mean: what that takes is given back to it (Landweber 1951).
+    """
+    factor = max(1, int(_footprint(photo, spacing)))
+    height, width = (max(1, round(side / factor)) for side in photo.mask.shape)
+    camera = photo.camera.resized(width, height)
+    rgb, mask = (
+        reduced_by_area(torch.from_numpy(x), height, width).numpy()
+        for x in (np.ascontiguousarray(photo.rgb.transpose(2, 0, 1)), photo.mask)
+    )
+    shown = render_mesh(mesh, camera, 3)
+    is_whole = (np.minimum(shown[..., 3], mask) > 0.99)[..., None]
+    missing = np.where(is_whole, rgb.transpose(1, 2, 0) - shown[..., :3], 0).astype(np.float32)
+    return Photo(camera, missing, mask)
+
+
+def _footprint(photo: Photo, spacing: float) -> float:
+    """Pixels of the photo between points on the surface that far apart."""
+    return spacing * float(photo.camera.intrinsics[0]) / float(photo.camera.positions.norm())
 
 
 def _subdivided(mesh: UnwrappedMesh) -> UnwrappedMesh:
@@ -183,9 +215,8 @@ def seen_by_photos(
     strongest = np.zeros_like(total)
     for photo in photos:
         weight, uv = visibility(mesh, positions, normals, photo, config)
-        focal, distance = float(photo.camera.intrinsics[0]), float(photo.camera.positions.norm())
         share = weight**4 + 1e-12 * (weight > 0)  # the photo that faces a point best rules it
-        colors += share[:, None] * sample_picture(photo.rgb, uv, spacing * focal / distance)
+        colors += share[:, None] * sample_picture(photo.rgb, uv, _footprint(photo, spacing))
         total += share
         strongest = np.maximum(strongest, weight)
     return colors / np.maximum(total, 1e-20)[:, None], strongest
@@ -237,15 +268,13 @@ def visibility(
 
 def sample_picture(rgb: np.ndarray, uv: np.ndarray, footprint: float) -> np.ndarray:
     """The photo at pixel coordinates, averaged over the footprint first so that fine detail does not alias."""
-    table = torch.from_numpy(np.ascontiguousarray(rgb, np.float32)).permute(2, 0, 1)[None]
     height, width = rgb.shape[:2]
-    factor = max(1, int(footprint))
-    if factor > 1:
+    if footprint >= 2:
+        factor = int(footprint)
         shape = max(1, round(height / factor)), max(1, round(width / factor))
-        table = F.interpolate(table, shape, mode="area")
-    grid = torch.from_numpy((uv / [width, height] * 2 - 1).astype(np.float32))
-    found = F.grid_sample(table, grid[None, None], mode="bilinear", padding_mode="border", align_corners=False)
-    return found[0, :, 0].T.numpy()
+        table = torch.from_numpy(np.ascontiguousarray(rgb, np.float32)).permute(2, 0, 1)
+        rgb = reduced_by_area(table, *shape).permute(1, 2, 0).numpy()
+    return between_pixels(rgb, uv / [width, height] * rgb.shape[1::-1])
 
 
 def as_texture(colors: Float[np.ndarray, "n 3"], texels: Texels) -> np.ndarray:

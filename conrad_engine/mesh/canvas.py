@@ -78,7 +78,7 @@ class Canvas:
         texels, weight, uv = texels[seen], weight[seen], uv[seen]
         # What is final lies over the new picture, the new picture over what was there before.
         share = ((1 - self.final[texels]) * weight)[:, None]
-        self.colors[texels] += share * (sample_picture(rgb, uv, 1.0) - self.before[texels])
+        self.colors[texels] += share * (sample_picture(rgb, uv, 1.0).clip(0, 1) - self.before[texels])
         self.final[texels] += share[:, 0]
         self.final[self.final > 0.999] = 1
 
