@@ -28,6 +28,8 @@ _PICTURES_OWN = (batch.BatchError, *requests.REFUSALS)
 """What may be wrong with a picture; anything else is shown with its traceback."""
 
 current: batch.Batch | None = None
+_scene_uid = 0
+"""Of the scene it was opened in, whose settings it has and which its objects come into."""
 is_running = False
 message = ""
 """The last thing worth saying about the whole batch."""
@@ -70,8 +72,8 @@ def _opening(scene: bpy.types.Scene, and_start: bool = False) -> background.Step
     Raises:
         BatchError: See `batch.open_batch`.
     """
-    global current, message, _at_hand, _looking
-    chosen, own = scene.conrad.batch, _looking
+    global current, message, _at_hand, _looking, _scene_uid
+    chosen, own, uid = scene.conrad.batch, _looking, scene.session_uid
     if not chosen.folder:
         raise batch.BatchError("Choose the folder with the pictures")
     folder = Path(bpy.path.abspath(chosen.folder))
@@ -80,7 +82,7 @@ def _opening(scene: bpy.types.Scene, and_start: bool = False) -> background.Step
     opened = yield partial(batch.open_batch, folder, pattern, out, output, lambda: _looking is own)
     if _looking is not own:
         return
-    current, _at_hand, _looking = opened, None, None
+    current, _scene_uid, _at_hand, _looking = opened, uid, None, None
     message = f"{len(opened.items)} pictures, {opened.counts[batch.DONE]} of them finished"
     sync_list()
     if and_start:
@@ -141,6 +143,13 @@ def file_opened() -> None:
     current = None
     message = "Another file was opened: Start Batch goes on in the one before" if was_at_work else ""
     sync_list()
+
+
+def _scene() -> bpy.types.Scene:
+    """The scene of the open batch; where that was removed, the one that is looked at."""
+    return (
+        next((scene for scene in bpy.data.scenes if scene.session_uid == _scene_uid), None) or scene_tools.scene_now()
+    )
 
 
 def sync_list() -> None:
@@ -232,15 +241,11 @@ def _sending(item: batch.Item) -> background.Steps:
         if _at_hand is not own:
             return
         setup = source.settings.get("camera", {})
-        if (
-            not setup
-            and "elevation_deg" not in source.settings
-            and scene_tools.scene_now().conrad.batch.camera == "CAMERA"
-        ):
+        if not setup and "elevation_deg" not in source.settings and _scene().conrad.batch.camera == "CAMERA":
             setup = yield from _scene_camera(opened.path(item), source.picture)
         if _at_hand is not own:
             return
-        request, notes = _request(item, scene_tools.scene_now(), source, setup)
+        request, notes = _request(item, _scene(), source, setup)
         item.job, item.state, item.attempts = notes.job, batch.SENT, item.attempts + 1
         table.add(notes)
         # The list knows the job before the engine does: a crash in between costs nothing.
@@ -326,7 +331,7 @@ def _scene_camera(path: Path, data: bytes) -> background.Steps:
             size = camera.picture_size(pictures.found(uid))
         finally:
             bpy.data.batch_remove([image for image in bpy.data.images if image.session_uid == uid])
-    item = scene_tools.scene_now().conrad.camera
+    item = _scene().conrad.camera
     if item is None:
         raise camera.CannotUseCamera("The scene has no reference camera: add one, or use the elevation instead")
     return camera.setup_of(item, *size)
@@ -397,7 +402,7 @@ def _bring_in(item: batch.Item, job: Job) -> None:
     """Import a result and write its own .blend file; the scene keeps the object where the output says so."""
     assert current is not None and job.result is not None
     number, name = job.result.result, batch.output_name(current, item, ".blend")
-    scene = scene_tools.scene_now()
+    scene = _scene()
     collection = job.name if current.output == "COLLECTIONS" else scene_tools.COLLECTION_NAME
     try:
         made = importer.import_result(job, scene, collection)

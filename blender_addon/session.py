@@ -323,7 +323,10 @@ class Session:
             self._asked[self.client.send(request)] = request
         except ProtocolError as error:
             self._unsent.pop(getattr(request, "job", ""), None)
-            self._blame(getattr(request, "job", ""), f"This cannot be sent: {error}")
+            if isinstance(request, GuessElevation):
+                self.elevation = Error("input", f"This cannot be sent: {error}")
+            else:
+                self._blame(getattr(request, "job", ""), f"This cannot be sent: {error}")
 
     def _drop_client(self) -> None:
         if self.client is not None:

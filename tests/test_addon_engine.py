@@ -390,6 +390,9 @@ def test_an_elevation_is_asked_for_and_an_engine_at_work_says_so(tmp_path):
         session.ask(GuessElevation(picture(23, 9)))
         poll_until(session, lambda: session.elevation is not None)
         assert session.elevation.code == "busy" and "at work" in session.elevation.message
+        session.elevation = None
+        session.ask(GuessElevation(picture(23, 9), fov_deg="wide"))
+        assert session.elevation.message.startswith("This cannot be sent"), "said at once, not after the wait"
         assert not session.problem and not job.problem, "nothing is wrong with the engine or the job"
         session.end()
 

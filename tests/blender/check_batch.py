@@ -111,6 +111,23 @@ def check_another_file(folder: Path) -> None:
     assert len(bpy.data.objects) == before + 3
 
 
+def check_another_scene(folder: Path) -> None:
+    """A batch goes on with the settings of the scene it was started in, and there its objects come."""
+    batch_run, table = part("batch_run"), part("link").session().table
+    own = empty_scene()
+    own.conrad.preset, own.conrad.seed = "draft", 5
+    settings = own.conrad.batch
+    settings.folder, settings.out_folder, settings.output = str(folder / "in"), str(folder / "scenes"), "GRID"
+    bpy.ops.conrad.batch_start()
+    other = bpy.context.window.scene = bpy.data.scenes.new("another")
+    pump_until(lambda: not batch_run.is_running)
+    assert bpy.context.scene == other and not other.objects and len(own.collection.all_objects) == 4
+    seeds = [table.jobs[item.job].notes.seed for item in batch_run.current.items if item.state == "done"]
+    assert sorted(seeds) == [5, 5, 5, 9], seeds
+    bpy.context.window.scene = own
+    bpy.data.scenes.remove(other)
+
+
 def check_patience(folder: Path) -> None:
     """Of a picture that an earlier Blender sent, nothing is known before the engine has told of all its jobs."""
     batch, batch_run, jobs, link = part("batch"), part("batch_run"), part("jobs"), part("link")
@@ -351,6 +368,7 @@ def run() -> None:
     check_slow_drive(folder)
     check_looking(folder)
     check_saving(folder)
+    check_another_scene(folder)
 
 
 if __name__ == "__main__":
