@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +36,22 @@ def client(engine):
     with engine.client() as client:
         until(client, lambda: client.state == "ready" and client.status)
         yield client
+
+
+@pytest.fixture
+def torchrun() -> Callable[[str, list], None]:
+    """Runs a module in two processes that train together."""
+
+    def run(module: str, arguments: list) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+        command = [*launcher, "-m", module, *(str(x) for x in arguments)]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -180,7 +180,7 @@ def test_gradient_energy_is_the_evaluation_s():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the rasterizer needs a C compiler")
-def test_training_writes_weights_a_log_and_a_sheet_and_goes_on_from_weights(tmp_path):
+def test_training_writes_weights_a_log_and_a_sheet_and_goes_on_from_weights(tmp_path, torchrun):
     write_tiny_pool(tmp_path)
     for split in ("train", "val"):
         arguments = ["--pool", tmp_path, "--out", tmp_path / split, "--split", split, "--processes", 1]
@@ -195,11 +195,14 @@ def test_training_writes_weights_a_log_and_a_sheet_and_goes_on_from_weights(tmp_
     train_detail.main([str(x) for x in arguments])
     weights = tmp_path / "out" / "detail.safetensors"
     first = detail.load(weights)
-    train_detail.main([str(x) for x in [*arguments, "--init", weights]])
+    torchrun("conrad_engine.training.train_detail", [*arguments, "--init", weights])
     moved = [(a - b).abs().max() for a, b in zip(first.parameters(), detail.load(weights).parameters())]
     assert 0 < float(max(moved)) < 0.1
     log = [json.loads(line) for line in (tmp_path / "out" / "train_detail.jsonl").read_text().splitlines()]
     assert log[-1] == {"event": "finished"}
+    assert [row["gpus"] for row in log if row.get("event") == "compiled"] == [1, 2]
+    last = [row for row in log if "step" in row][-1]
+    assert log[-2]["targets"] == last["step"] * 2 * 3 * 2 and log[-2]["bad"] == 0
     (val,) = [row["val"] for row in log if "val" in row and "step" in row][-1:]
     for name in ("blurred", "prior"):
         assert val[name].keys() == {"v", "given", "drawn", "residual_std"}

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -263,14 +260,8 @@ def test_training_writes_weights_and_resumes(rendered, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(rendered, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command = [*launcher, "-m", "conrad_engine.training.train", *train_arguments(rendered, tmp_path, 1.0)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_train_together(rendered, tmp_path, torchrun):
+    torchrun("conrad_engine.training.train", train_arguments(rendered, tmp_path, 1.0))
     log = log_of(tmp_path)
     last = next(entry for entry in reversed(log) if "targets" in entry)
     assert last["targets"] == last["step"] * 29 * 2

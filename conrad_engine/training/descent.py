@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .muon import Muon, is_for_muon
+from .workers import Workers
 
 MAX_NORM = 1.0
 
@@ -33,32 +36,37 @@ class RowGroupNorm(nn.GroupNorm):
 
 
 class Descent:
-    """Network, average and optimizer; `backward` of any loss fills `gradients`."""
+    """Network, average and optimizer; `backward` of any loss fills `gradients`, in each of the processes."""
 
-    def __init__(self, net: nn.Module, device: torch.device, ema_decay: float, with_muon: bool = False) -> None:
-        self.ema_decay = ema_decay
+    def __init__(self, net: nn.Module, workers: Workers, ema_decay: float, with_muon: bool, log: Path) -> None:
+        """Take the network, the same in all processes; the first one notes what happens in `log`, a line of JSON each."""
+        self.workers, self.device, self.ema_decay, self.log = workers, workers.device, ema_decay, log
         for module in net.modules():
             if type(module) is nn.GroupNorm:
                 module.__class__ = RowGroupNorm
-        self.net = net.to(device).to(memory_format=torch.channels_last)
+        self.net = net.to(self.device).to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.parameters, self.averages = list(self.net.parameters()), list(self.ema.parameters())
-        is_fused = device.type == "cuda"
+        is_fused = self.device.type == "cuda"
         inner, rest = [], []
         for name, p in self.net.named_parameters():
             (inner if with_muon and is_for_muon(name, p) else rest).append(p)
         adam = torch.optim.AdamW(rest, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=is_fused)
         self.optimizers = [adam, Muon(inner, lr=1e-4, weight_decay=0.01)] if inner else [adam]
         # All gradients lie in one buffer, so averaging over processes and clipping are single calls.
-        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
+        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
         offset = 0
         for p in self.parameters:
             p.grad = self.gradients.as_strided(p.size(), p.stride(), offset)
             offset += p.numel()
-        self.step, self.n_bad = 0, torch.zeros((), device=device)
+        self.step, self.n_bad = 0, torch.zeros((), device=self.device)
 
     def update(self, rate: float) -> Tensor:
-        """One optimizer step on the clipped gradient; a non-finite one is counted and left out. Returns its norm."""
+        """One optimizer step on the gradient, averaged over the processes and clipped; returns its norm.
+
+        A non-finite one is counted and left out.
+        """
+        self.workers.average(self.gradients)
         norm = self.gradients.norm()
         is_good = torch.isfinite(norm)
         self.n_bad += ~is_good
@@ -72,3 +80,9 @@ class Descent:
         self.step += 1
         torch._foreach_lerp_(self.averages, self.parameters, 1 - min(self.ema_decay, self.step / (self.step + 10)))
         return norm
+
+    def note(self, values: dict) -> None:
+        if self.workers.is_first:
+            print(json.dumps(values), flush=True)
+            with self.log.open("a") as log:
+                log.write(json.dumps(values) + "\n")

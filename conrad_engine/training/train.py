@@ -13,13 +13,10 @@ this call. The learning rate falls to 0 at whichever comes first. `--export` get
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,45 +27,21 @@ from .batches import Batch, ViewStore
 from .descent import Descent
 from .sheets import write_sheet
 from .views import N_VIEWS
+from .workers import Workers
 
 WIDTHS = (128, 224, 224)
 WARMUP_STEPS = 400
 RING = N_VIEWS - 1
 """Targets drawn together: all of a rendered group."""
 EMA_DECAY = 0.9995
+RING_POWER = 0.75
+"""Noise times of rings are uniform numbers to this power. The root, which leaves a tenth for t under a third, lost there."""
 MOST_DISTILLED = 0.8
 """Highest noise time of small groups."""
 CLOCK_STEPS, LOG_STEPS, VALIDATE_STEPS, SAVE_SECONDS = 20, 200, 1000, 120
 RESERVE_SECONDS = 25
 """Kept before the deadline for the last validation, samples and export."""
 PIECE_BYTES = 15 * 2**20
-
-
-class Workers:
-    """The processes that train together; alone without torchrun."""
-
-    def __init__(self) -> None:
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        has_gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
-        if has_gpu:
-            torch.cuda.set_device(self.device)
-        if self.count > 1:
-            dist.init_process_group("nccl" if has_gpu else "gloo")
-
-    def average(self, values: Tensor) -> None:
-        """In place, over all processes."""
-        if self.count > 1:
-            dist.all_reduce(values)
-            values /= self.count
-
-    def agree(self, value: float) -> float:
-        """The first process's value."""
-        if self.count == 1:
-            return value
-        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(shared, 0)
-        return float(shared)
 
 
 def training_layout(unit: int) -> Layout:
@@ -92,7 +65,7 @@ def draw_times(layout: Layout, device: torch.device) -> Float[Tensor, " b"]:
     """
     counts = [group.n_references for group in layout]
     few = MOST_DISTILLED * stratified(sum(counts[1:]), device)
-    times = stratified(counts[0], device).sqrt(), *few.split(counts[1:])
+    times = stratified(counts[0], device) ** RING_POWER, *few.split(counts[1:])
     return torch.cat([t.repeat_interleave(group.n_targets) for t, group in zip(times, layout)])
 
 
@@ -164,11 +137,11 @@ class Trainer(Descent):
     """The network under training and the clock of one process."""
 
     def __init__(self, options: argparse.Namespace, workers: Workers) -> None:
-        self.options, self.workers, self.device = options, workers, workers.device
+        self.options = options
         widths = tuple(options.widths)
         torch.manual_seed(0)  # the same start in all processes
         net = load(options.init).requires_grad_(True).train() if options.init else ViewPrior(widths)
-        super().__init__(net, self.device, EMA_DECAY, options.optimizer == "muon")
+        super().__init__(net, workers, EMA_DECAY, options.optimizer == "muon", options.export / "train.jsonl")
         self.trained_s = 0.0
         self.cast = torch.autocast(self.device.type, torch.bfloat16)
         self.layout = training_layout(options.unit)
@@ -198,11 +171,6 @@ class Trainer(Descent):
         parts = weighted.detach().split([n_ring, len(weighted) - n_ring])
         return torch.stack([part.mean() for part in parts])
 
-    def update(self, rate: float) -> Tensor:
-        """One optimizer step on the gradient averaged over all processes; see `Descent.update`."""
-        self.workers.average(self.gradients)
-        return super().update(rate)
-
     def save(self) -> None:
         """Checkpoint for resuming, and the averaged weights in pieces; the first process only."""
         state = {"net": self.net.state_dict(), "ema": self.ema.state_dict()}
@@ -215,12 +183,6 @@ class Trainer(Descent):
             piece = self.options.export / f"prior.safetensors.part{index // PIECE_BYTES}"
             write_atomically(piece, data[index : index + PIECE_BYTES])
 
-    def note(self, values: dict) -> None:
-        if self.workers.rank == 0:
-            print(json.dumps(values), flush=True)
-            with (self.options.export / "train.jsonl").open("a") as log:
-                log.write(json.dumps(values) + "\n")
-
     def train(self, views: ViewStore, val: ViewStore) -> None:
         """The loop: until the planned time is used up or the deadline is near."""
         options, start, before = self.options, time.time(), self.trained_s
@@ -228,7 +190,7 @@ class Trainer(Descent):
         progress, errors, norms = before / options.plan, [], []
         mark, next_save = (start, self.step), start + 60
         while progress < 1:
-            if self.workers.rank == 0 and (self.step % VALIDATE_STEPS == 0 or options.smoke):
+            if self.workers.is_first and (self.step % VALIDATE_STEPS == 0 or options.smoke):
                 self.note({"step": self.step, "val": validate(self.ema, val, options.unit, self.cast)})
             errors.append(self.backward(views))
             rate = learning_rate(self.step, progress, options.peak_rate, options.decay_from)
@@ -248,13 +210,13 @@ class Trainer(Descent):
                 shown |= {"rate": round(rate, 6), "rounds": len(views.rounds)}
                 self.note(shown | {"bad": int(self.n_bad)})
                 mark, errors, norms = (now, self.step), [], []
-            if self.workers.rank == 0 and time.time() > next_save:
+            if self.workers.is_first and time.time() > next_save:
                 self.save()
                 next_save = time.time() + SAVE_SECONDS
 
     def finish(self, val: ViewStore) -> None:
         """Last weights first, then validation and samples."""
-        if self.workers.rank:
+        if not self.workers.is_first:
             return
         self.save()
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
@@ -310,9 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.note({"event": "data", "objects": len(views.rounds[0].chances), "val": len(val.rounds[0].chances)})
     trainer.train(views, val)
     trainer.finish(val)
-    if workers.count > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    workers.part()
 
 
 if __name__ == "__main__":

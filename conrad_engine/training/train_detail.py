@@ -1,9 +1,9 @@
-"""Trains the detail model on rendered views for a given time, on one GPU (or a CPU).
+"""Trains the detail model on rendered views for a given time, on any number of GPUs (or a CPU).
 
     python -m conrad_engine.training.views --pool POOL --out CACHE/val --split val --size 128 --groups 2 --views 5 --tight
     python -m conrad_engine.training.views --pool POOL --out CACHE/train --rounds 12 --size 128 --groups 2 --views 5 --tight &
-    python -m conrad_engine.training.train_detail --data CACHE/train --val CACHE/val --export OUT --plan 480 \
-        --deadline UNIXTIME [--init detail.safetensors] [--prior prior.safetensors]
+    torchrun --nproc-per-node 2 -m conrad_engine.training.train_detail --data CACHE/train --val CACHE/val --export OUT \
+        --plan 480 --deadline UNIXTIME [--init detail.safetensors] [--prior prior.safetensors]
 
 The network is given true views made to look as a texture before its detail is drawn (`degrade`): half of them are true views
 blurred, half what the embedded prior makes of noised ones. Parts of most views are left sharp and marked as final. The loss
@@ -17,7 +17,6 @@ rows an object: reference and true views, what the network is given, what it mak
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +44,7 @@ from .degrade import prior_guesses, random_finals, textured, warped
 from .descent import Descent
 from .sheets import write_sheet
 from .train import learning_rate, loss_weights, stratified, write_atomically
+from .workers import Workers
 
 EMA_DECAY = 0.999
 BLUR_RANGE_PX, PRIOR_BLUR_RANGE_PX = (1.0, 9.0), (0.5, 4.0)
@@ -207,17 +207,17 @@ def draw_samples(
 
 
 class Trainer(Descent):
-    """The network under training, its data and its clock."""
+    """The network under training, its data and the clock of one process."""
 
-    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        self.options, self.device = options, device
+    def __init__(self, options: argparse.Namespace, workers: Workers) -> None:
+        self.options, device = options, workers.device
         torch.manual_seed(0)
         net = load(options.init).requires_grad_(True).train() if options.init else DetailNet(tuple(options.widths))
-        super().__init__(net, device, EMA_DECAY)
+        super().__init__(net, workers, EMA_DECAY, options.optimizer == "muon", options.export / "train_detail.jsonl")
         self.cast = torch.autocast(device.type, torch.bfloat16)
         prior = load_prior(options.prior).to(device).to(memory_format=torch.channels_last)
         self.degrader = Degrader(prior, self.cast, options.targets)
-        self.trained_s = 0.0
+        self.trained_s, self.targets_a_step = 0.0, options.references * options.targets * workers.count
         self.compiled = self.net
         if options.compile != "none":
             self.compiled = torch.compile(self.net, dynamic=False, fullgraph=True, backend=options.compile)
@@ -241,11 +241,6 @@ class Trainer(Descent):
             self.options.export / "detail.safetensors", to_bytes(self.ema, widths, {"steps": str(self.step)})
         )
 
-    def note(self, values: dict) -> None:
-        print(json.dumps(values), flush=True)
-        with (self.options.export / "train_detail.jsonl").open("a") as log:
-            log.write(json.dumps(values) + "\n")
-
     def validate(self, val: ViewStore) -> None:
         n_references = min(64, 4 * self.options.references)
         result = validate(self.ema, self.degrader, val, n_references, self.cast, self.options.steps)
@@ -264,29 +259,30 @@ class Trainer(Descent):
             if self.step % CLOCK_STEPS == 0 or options.smoke:
                 errors[-1].sum().item()  # waits for the device, so that the clock is honest
                 self.trained_s = time.time() - start
-                progress = self.trained_s / budget
+                progress = self.workers.agree(self.trained_s / budget)
             if self.step % LOG_STEPS == 0 or options.smoke:
                 now = time.time()
-                n_targets = (self.step - mark[1]) * options.references * options.targets
+                n_targets = (self.step - mark[1]) * self.targets_a_step
                 shown = {"step": self.step, "trained_s": round(self.trained_s, 1)}
                 shown |= {"targets_per_s": round(n_targets / (now - mark[0])), "rounds": len(views.rounds)}
                 shown |= {"loss": [round(x, 5) for x in torch.stack(errors).mean(0).tolist()]}
                 shown |= {"norm": round(float(torch.stack(norms).mean()), 3), "bad": int(self.n_bad)}
                 self.note(shown | {"rate": round(rate, 6)})
                 mark, errors, norms = (now, self.step), [], []
-            if self.step % VALIDATE_STEPS == 0 or options.smoke:
+            if self.workers.is_first and (self.step % VALIDATE_STEPS == 0 or options.smoke):
                 self.validate(val)
-            if time.time() > next_save:
+            if self.workers.is_first and time.time() > next_save:
                 self.save()
                 next_save = time.time() + SAVE_SECONDS
 
     def finish(self, val: ViewStore) -> None:
         """Last weights first, then validation and samples."""
+        if not self.workers.is_first:
+            return
         self.save()
         self.validate(val)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
-        n_targets = self.step * self.options.references * self.options.targets
-        self.note({"targets": n_targets, "peak_gib": round(peak, 1), "bad": int(self.n_bad)})
+        self.note({"targets": self.step * self.targets_a_step, "peak_gib": round(peak, 1), "bad": int(self.n_bad)})
         n_references = 2 if self.options.smoke else 20
         sheet = self.options.export / "detail_samples.png"
         draw_samples(self.ema, self.degrader, val, sheet, self.cast, n_references, self.options.steps)
@@ -306,7 +302,7 @@ def compile_network(trainer: Trainer) -> None:
         trainer.compiled = trainer.net
         trainer.note({"event": "not compiled", "reason": str(error)[:500]})
     trainer.backward(blank)
-    trainer.note({"event": "compiled", "seconds": round(time.time() - start, 1)})
+    trainer.note({"event": "compiled", "seconds": round(time.time() - start, 1), "gpus": trainer.workers.count})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -319,8 +315,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--init", default="", help="weights to start from; take a lower peak rate then")
     parser.add_argument("--peak-rate", type=float, default=5e-4, help="largest learning rate")
     parser.add_argument("--decay-from", type=float, default=0.45, help="part of the time after which the rate falls")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="of the hidden layers' matrices")
     parser.add_argument("--prior", default="", help="the embedded prior's weights; the shipped ones when left out")
-    parser.add_argument("--references", type=int, default=64, help="of a step; even")
+    parser.add_argument("--references", type=int, default=64, help="of a step and process; even")
     parser.add_argument("--targets", type=int, default=4, help="views of each reference; fewer than rendered")
     parser.add_argument("--size", type=int, default=PICTURE_SIZE, help="pixels a side of the rendered views")
     parser.add_argument("--steps", type=int, default=N_VAL_STEPS, help="denoising steps of validation and samples")
@@ -332,19 +329,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    options, workers = parse(arguments), Workers()
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     options.export.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(options, device)
-    torch.manual_seed(int(time.time()))  # other samples in each call
+    trainer = Trainer(options, workers)
+    torch.manual_seed(int(time.time()) * 64 + workers.rank)  # other samples in each process and call
     compile_network(trainer)
-    views = ViewStore.follow(options.data, device, options.most_rounds)
-    val = ViewStore.follow(options.val, device, 1)
+    views = ViewStore.follow(options.data, workers.device, options.most_rounds)
+    val = ViewStore.follow(options.val, workers.device, 1)
     trainer.note({"event": "data", "objects": len(views.rounds[0].chances), "val": len(val.rounds[0].chances)})
     trainer.train(views, val)
     trainer.finish(val)
+    workers.part()
 
 
 if __name__ == "__main__":
