@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENGINE = ROOT / "conrad_engine"
-EVERYWHERE = {"config", "model_config", "errors", "monitor", "files", "device"}
+EVERYWHERE = {"config", "model_config", "errors", "monitor", "files", "device", "resampling"}
 """Importable from everywhere in the engine."""
 HEAVY = {"torch", "diffusers", "transformers"}
 
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "model_config": {"errors"},
     "errors": set(),
     "monitor": set(),
+    "resampling": set(),
     "files": {"errors"},
     "device": {"errors"},
     "cameras": set(),

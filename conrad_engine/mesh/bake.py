@@ -87,7 +87,8 @@ def bake_texture(
     for _ in range(N_CORRECTIONS if photos else 0):
         missing = [_missing(made, photo, spacing) for photo in photos]
         change, weight = seen_by_photos(mesh, texels.positions, texels.normals, missing, config, spacing)
-        colors = (colors + weight[:, None] * change).clip(0, 1)
+        # Where a photo fades, its camera is meant to see something else.
+        colors = np.where(weight[:, None] > 0.999, colors + change, colors).clip(0, 1)
         made = replace(made, texture=as_texture(colors, texels))
     return made
 
