@@ -40,8 +40,8 @@ from .redraw import redraw_texture
 from .rendering.interfaces import Field
 from .rendering.renderer import Picture, render_picture
 
-MEASURED_PICTURE = 1024
-"""Most pixels along the longer side at which the result is compared with the picture: smaller ones are at their own size."""
+MEASURED_PICTURE, FIELD_PICTURE = 1024, 512
+"""Most pixels along the longer side at which mesh and field are compared with the picture; a smaller one is at its own size."""
 FIELD_SAMPLES = 192
 FIELD_POINTS = 1 << 20
 """Points of the field evaluated at once, while the mesh takes memory as well."""
@@ -98,7 +98,7 @@ def finish(
         if monitor.command() is Command.CANCEL:
             raise Cancelled("cancelled while the mesh was made")
 
-    seen = view.resized(MEASURED_PICTURE)
+    measured, seen = view.resized(MEASURED_PICTURE), view.resized(FIELD_PICTURE)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads, _set_on_error(Event()) as is_stopped:
         # Much of what follows keeps a single core busy; meanwhile the others do what does not wait for it.
         model = threads.submit(DetailModel, device, config.mesh.detail_weights) if n_views else None
@@ -124,7 +124,7 @@ def finish(
         trained, field_picture = field_pictures.result()
         numbers = {
             "level": level,
-            **reference_measures(state, seen, trained, field_picture, textured),
+            **reference_measures(state, measured, seen, trained, field_picture, textured),
             **back_measures(textured, view),
             **topology(textured.vertices, textured.faces),
         }
@@ -234,7 +234,7 @@ def _world_setup(frame: Frame, to_world: Similarity, vertices: np.ndarray) -> Ca
 def render_field(
     state: State, full: ConstrainedField, seen: ReferenceView, config: PipelineConfig, is_stopped: Event
 ) -> tuple[Picture, Picture]:
-    """The field from the reference camera: at the size of the training picture, and with the full one at the size of `seen`.
+    """The field from the reference camera, constrained by the picture at the size of training and at that of `seen`.
 
     Raises:
         Cancelled: `is_stopped` was set meanwhile.
@@ -248,17 +248,23 @@ def render_field(
     settings = FIELD_SAMPLES, state.occupancy, min(FIELD_POINTS, config.render.max_points)
     camera = state.constrained.views[0].picture.to(device).camera
     trained = render_picture(state.constrained, camera, *settings, on_chunk=check)
-    return trained, render_picture(full, seen.to(device).camera, *settings, with_normals=True, on_chunk=check)
+    shown = full.with_pictures([seen])
+    return trained, render_picture(shown, seen.to(device).camera, *settings, with_normals=True, on_chunk=check)
 
 
 def reference_measures(
-    state: State, seen: ReferenceView, trained: Picture, field_picture: Picture, mesh: TexturedMesh
+    state: State,
+    measured: ReferenceView,
+    seen: ReferenceView,
+    trained: Picture,
+    field_picture: Picture,
+    mesh: TexturedMesh,
 ) -> dict[str, float]:
     """How exactly field and mesh show the picture, seen from its own camera, inside the mask.
 
     Args:
-        seen: The picture at the size that is compared.
-        trained, field_picture: See `render_field`.
+        measured: The picture at the size at which the mesh is compared.
+        seen, trained, field_picture: See `render_field`.
     """
     training = state.constrained.views[0].picture
     numbers = {}
@@ -268,11 +274,11 @@ def reference_measures(
         numbers[f"field_psnr_{name}"] = measure.psnr(picture.on(0.0).cpu().numpy(), wanted, inside)
         numbers[f"field_opacity_{name}"] = float(picture.opacities.cpu().numpy()[inside].mean())
     # An odd number, so that half coverage is the pixel's center.
-    rendered = render_mesh(mesh, seen.camera, supersample=3)
-    mask = seen.mask[0].numpy() > 0.5
+    rendered = render_mesh(mesh, measured.camera, supersample=3)
+    mask = measured.mask[0].numpy() > 0.5
     ours = rendered[..., 3] > 0.5
-    wanted = seen.rgb.permute(1, 2, 0).numpy()
-    inside = measure.solid_pixels(seen.mask[0].numpy())
+    wanted = measured.rgb.permute(1, 2, 0).numpy()
+    inside = measure.solid_pixels(measured.mask[0].numpy())
     numbers["mesh_psnr"] = measure.psnr(rendered[..., :3] * rendered[..., 3:], wanted, inside)
     numbers["mesh_psnr_common"] = measure.psnr(rendered[..., :3], wanted, mask & ours)
     numbers["mesh_iou"] = measure.mask_iou(ours, mask)

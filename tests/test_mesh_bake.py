@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_erosion, gaussian_filter
 
 from conrad_engine.config import MeshConfig
+from conrad_engine.evaluation.metrics import psnr
+from conrad_engine.mesh import bake
 from conrad_engine.mesh.bake import Photo, bake_texture
 from conrad_engine.mesh.blend import SEAM_FADE, complete_colors
 from conrad_engine.mesh.extract import extract_mesh
@@ -56,6 +58,21 @@ def test_reference_view_is_the_picture(make):
         unwrap(mesh, MeshConfig(texture_size=1024)), plain(), [photo], MeshConfig(texture_size=1024)
     )
     assert reference_psnr(textured, photo) > 30
+
+
+def test_what_the_texture_s_look_up_takes_is_given_back(monkeypatch):
+    """Also with a photo finer than the texels, and no farther than where the photo alone counts."""
+    mesh, config = bumpy(), MeshConfig(texture_size=512)
+    for size in (256, 1024):
+        photo, found = photo_of(mesh, camera(20.0, 15.0, size), fine_picture(size)), []
+        inside = binary_erosion(photo.mask > 0.5, iterations=3)
+        for n in (0, 2):
+            monkeypatch.setattr(bake, "N_CORRECTIONS", n)
+            textured = bake_texture(unwrap(mesh, config), plain(), [photo], config)
+            front, back = (render_mesh(textured, view, 3) for view in (photo.camera, camera(200.0, 15.0, 64)))
+            found.append((psnr(front[..., :3], photo.rgb, inside), back))
+        assert found[1][0] > found[0][0] + 1.5, (size, [front for front, _ in found])
+        np.testing.assert_allclose(found[0][1], found[1][1], atol=0.01)
 
 
 def test_photo_much_finer_than_the_texture_does_not_alias():

@@ -76,7 +76,8 @@ def bake_texture(
     mesh = _subdivided(mesh)
     texels = surface_texels(mesh, size)
     spacing = texel_length(mesh, size)
-    photo, weight = seen_by_photos(mesh, texels.positions, texels.normals, photos, config, spacing)
+    visible = [visibility(mesh, texels.positions, texels.normals, photo, config) for photo in photos]
+    photo, weight = _mixed([photo.rgb for photo in photos], photos, visible, len(texels.positions), spacing)
     # The rest are the photo's alone: what the field would say there is slow to ask.
     rest = np.flatnonzero(weight < 1)
     field = _field_colors(texels.positions[rest], color)
@@ -86,29 +87,25 @@ def bake_texture(
     made = TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, as_texture(colors, texels))
     for _ in range(N_CORRECTIONS if photos else 0):
         missing = [_missing(made, photo, spacing) for photo in photos]
-        change, weight = seen_by_photos(mesh, texels.positions, texels.normals, missing, config, spacing)
+        change, _ = _mixed(missing, photos, visible, len(colors), spacing)
         # Where a photo fades, its camera is meant to see something else.
         colors = np.where(weight[:, None] > 0.999, colors + change, colors).clip(0, 1)
         made = replace(made, texture=as_texture(colors, texels))
     return made
 
 
-def _missing(mesh: TexturedMesh, photo: Photo, spacing: float) -> Photo:
-    """What the photo has and its camera's view of the mesh lacks, where both show nothing but the object.
+def _missing(mesh: TexturedMesh, photo: Photo, spacing: float) -> Float[np.ndarray, "h w 3"]:
+    """What the photo has and its camera's view of the mesh lacks, where both show nothing but the object; as coarse as texels.
 
     A texture is looked at through its texels, which is one more mean: what that takes is given back to it (Landweber 1951).
     """
     factor = max(1, int(_footprint(photo, spacing)))
     height, width = (max(1, round(side / factor)) for side in photo.mask.shape)
-    camera = photo.camera.resized(width, height)
-    rgb, mask = (
-        reduced_by_area(torch.from_numpy(x), height, width).numpy()
-        for x in (np.ascontiguousarray(photo.rgb.transpose(2, 0, 1)), photo.mask)
-    )
-    shown = render_mesh(mesh, camera, 3)
-    is_whole = (np.minimum(shown[..., 3], mask) > 0.99)[..., None]
-    missing = np.where(is_whole, rgb.transpose(1, 2, 0) - shown[..., :3], 0).astype(np.float32)
-    return Photo(camera, missing, mask)
+    shown = render_mesh(mesh, photo.camera.resized(width, height), 3)
+    wanted = np.concatenate([photo.rgb.transpose(2, 0, 1), photo.mask[None]]).astype(np.float32)
+    wanted = reduced_by_area(torch.from_numpy(wanted), height, width).permute(1, 2, 0).numpy()
+    is_whole = np.minimum(shown[..., 3:], wanted[..., 3:]) > 0.99
+    return np.where(is_whole, wanted[..., :3] - shown[..., :3], 0).astype(np.float32)
 
 
 def _footprint(photo: Photo, spacing: float) -> float:
@@ -211,13 +208,24 @@ def seen_by_photos(
     Args:
         spacing: Distance between the points, world units: finer detail of the photos is averaged.
     """
-    total = np.zeros(len(positions), np.float32)
-    colors = np.zeros((len(total), 3), np.float32)
+    visible = [visibility(mesh, positions, normals, photo, config) for photo in photos]
+    return _mixed([photo.rgb for photo in photos], photos, visible, len(positions), spacing)
+
+
+def _mixed(
+    pictures: list[np.ndarray],
+    photos: list[Photo],
+    visible: list[tuple[np.ndarray, np.ndarray]],
+    n: int,
+    spacing: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Colors of n points in pictures of the photos' cameras, of any size, mixed by how well these see them (`visibility`)."""
+    total, colors = np.zeros(n, np.float32), np.zeros((n, 3), np.float32)
     strongest = np.zeros_like(total)
-    for photo in photos:
-        weight, uv = visibility(mesh, positions, normals, photo, config)
+    for picture, photo, (weight, uv) in zip(pictures, photos, visible):
         share = weight**4 + 1e-12 * (weight > 0)  # the photo that faces a point best rules it
-        colors += share[:, None] * sample_picture(photo.rgb, uv, _footprint(photo, spacing))
+        scale = np.divide(picture.shape[1::-1], (photo.camera.width, photo.camera.height))
+        colors += share[:, None] * sample_picture(picture, uv * scale, _footprint(photo, spacing) * scale[0])
         total += share
         strongest = np.maximum(strongest, weight)
     return colors / np.maximum(total, 1e-20)[:, None], strongest
