@@ -35,9 +35,9 @@ def _means(pictures: Tensor, dim: int, m: int) -> Tensor:
 def between_pixels(picture: Float[np.ndarray, "h w c"], uv: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n c"]:
     """The smooth picture whose mean over each pixel is that pixel's color, at pixel coordinates.
 
-    It is a quadratic spline. Its sums over pixels are a cubic spline's, which gives its coefficients: the mean of a B-spline
-    over a pixel is a sample of the next higher one (de Boor, A Practical Guide to Splines, chapter X). Interpolating linearly
-    would average twice, and what is drawn with it would be blurrier than the picture.
+    It is a quadratic spline with the coefficients of the cubic one through the pixels: the mean of a B-spline over a pixel is a
+    sample of the next higher one, beta2 * beta0 = beta3 (Unser, Splines: a perfect fit for signal and image processing, 1999).
+    Interpolating linearly would average twice, and what is drawn with it would be blurrier than the picture.
     """
     columns, rows = uv.T - 0.5
     found = np.empty((len(uv), picture.shape[2]), np.float32)

@@ -35,7 +35,7 @@ RING = N_VIEWS - 1
 """Targets drawn together: all of a rendered group."""
 EMA_DECAY = 0.9995
 RING_POWER = 0.75
-"""Noise times of rings are uniform numbers to this power. The root, which leaves a tenth for t under a third, lost there."""
+"""Noise times of rings are uniform numbers to this power. The root leaves a ninth for t under 1/3, and lost there."""
 MOST_DISTILLED = 0.8
 """Highest noise time of small groups."""
 CLOCK_STEPS, LOG_STEPS, VALIDATE_STEPS, SAVE_SECONDS = 20, 200, 1000, 120
