@@ -7,16 +7,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from functools import partial
 from pathlib import Path
 
 import bpy
 
-from . import background, batch, camera, importer, link, pictures, preferences, requests, scene_tools
-from .jobs import Job, Notes
-from .protocol import Cancel, Fetch, Submit, new_job_id
+from . import background, batch, batch_request, importer, link, pictures, preferences, requests, scene_tools
+from .jobs import Job
+from .protocol import Cancel, Fetch
 from .session import with_result_wanted
 
 IN_FLIGHT = 3
@@ -147,9 +146,7 @@ def file_opened() -> None:
 
 def _scene() -> bpy.types.Scene:
     """The scene of the open batch; where that was removed, the one that is looked at."""
-    return (
-        next((scene for scene in bpy.data.scenes if scene.session_uid == _scene_uid), None) or scene_tools.scene_now()
-    )
+    return scene_tools.found(bpy.data.scenes, _scene_uid) or scene_tools.scene_now()
 
 
 def sync_list() -> None:
@@ -242,10 +239,11 @@ def _sending(item: batch.Item) -> background.Steps:
             return
         setup = source.settings.get("camera", {})
         if not setup and "elevation_deg" not in source.settings and _scene().conrad.batch.camera == "CAMERA":
-            setup = yield from _scene_camera(opened.path(item), source.picture)
+            size = yield from batch_request.picture_size(opened.path(item), source.picture)
+            setup = batch_request.scene_camera(_scene(), size)
         if _at_hand is not own:
             return
-        request, notes = _request(item, _scene(), source, setup)
+        request, notes = batch_request.made_of(opened, item, _scene(), source, setup)
         item.job, item.state, item.attempts = notes.job, batch.SENT, item.attempts + 1
         table.add(notes)
         # The list knows the job before the engine does: a crash in between costs nothing.
@@ -267,74 +265,6 @@ def _sending(item: batch.Item) -> background.Steps:
         if _at_hand is own:
             _at_hand = None
         link.sync_list()
-
-
-def _request(item: batch.Item, scene: bpy.types.Scene, source: batch.Source, setup: dict) -> tuple[Submit, Notes]:
-    assert current is not None
-    path, settings, own = current.path(item), scene.conrad, source.settings
-    fields = {**requests.job_fields(settings), **{k: own[k] for k in requests.job_fields(settings) if k in own}}
-    overrides = {**requests.extra_overrides(settings.extra), **own.get("overrides", {})}
-    elevation = own.get("elevation_deg")
-    if not setup:
-        overrides.setdefault("picture.fov_deg", float(own.get("fov_deg", math.degrees(settings.fov))))
-        if elevation is None:
-            elevation = batch.AUTO if settings.batch.camera == "GUESS" else math.degrees(settings.elevation)
-        if elevation != batch.AUTO:
-            # Without one the engine guesses, and says itself how sure it is.
-            overrides.setdefault("picture.elevation_deg", float(elevation))
-    if settings.is_elevation_guess and elevation != batch.AUTO:
-        overrides.setdefault("picture.is_elevation_known", False)
-    index = current.items.index(item)
-    size = float(own.get("size", settings.size))
-    notes = Notes(
-        new_job_id(),
-        name=scene_tools.data_name(path.stem),
-        kind="batch",
-        file_token=link.file_token,
-        picture=path.name,
-        setup=setup,
-        place="ORIGIN",
-        location=batch.grid_place(index, len(current.items), 1.4 * settings.size)
-        if current.output == "GRID"
-        else (0.0, 0.0, 0.0),
-        size=size,
-        origin=settings.origin,
-        is_asset=current.output == "LIBRARY" or settings.is_asset,
-        asset_tags=settings.asset_tags,
-        seed=fields["seed"],
-        preset=fields["preset"],
-    )
-    request = Submit(
-        notes.job,
-        name=notes.name,
-        picture=source.picture,
-        mask=source.mask,
-        overrides=overrides,
-        **(requests.camera_fields(setup) if setup else {}),
-        **fields,
-    )
-    return request, notes
-
-
-def _scene_camera(path: Path, data: bytes) -> background.Steps:
-    """The set-up of the scene's reference camera for a picture. Of a kind whose size only Blender reads, a thread of Blender's
-    decodes it first."""
-    size = pictures.upright_size(data)
-    if size is None:
-        try:
-            image = bpy.data.images.load(str(path))
-        except RuntimeError as error:
-            raise batch.BatchError(f"{path.name} cannot be read as a picture: {error}") from None
-        uid = image.session_uid
-        try:
-            yield from pictures.until_decoded(image)
-            size = camera.picture_size(pictures.found(uid))
-        finally:
-            bpy.data.batch_remove([image for image in bpy.data.images if image.session_uid == uid])
-    item = _scene().conrad.camera
-    if item is None:
-        raise camera.CannotUseCamera("The scene has no reference camera: add one, or use the elevation instead")
-    return camera.setup_of(item, *size)
 
 
 def _follow(item: batch.Item) -> None:

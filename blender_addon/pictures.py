@@ -73,7 +73,7 @@ def found(uid: int) -> bpy.types.Image:
     Raises:
         NoPicture: It is gone.
     """
-    image = next((image for image in bpy.data.images if image.session_uid == uid), None)
+    image = scene_tools.found(bpy.data.images, uid)
     if image is None:
         raise NoPicture("The picture was removed while it was being read")
     return image

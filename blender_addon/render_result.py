@@ -21,6 +21,7 @@ from typing import Any
 import bpy
 import numpy as np
 
+from . import scene_tools
 from .background import Steps
 
 PIECE_PIXELS = 2**17
@@ -66,7 +67,7 @@ def _is_rendering() -> bool:
 
 def _found(items: Any, uid: int) -> Any:
     """A scene or picture of the open file that was there some ticks ago."""
-    item = next((item for item in items if item.session_uid == uid), None)
+    item = scene_tools.found(items, uid)
     if item is None:
         raise ReferenceError("it was removed while it was being read")
     return item

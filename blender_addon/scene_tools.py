@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bpy
 
 COLLECTION_NAME = "ConRad"
@@ -19,6 +21,11 @@ def scene_now() -> bpy.types.Scene:
     if window is None and not bpy.app.background and bpy.context.window_manager.windows:
         window = bpy.context.window_manager.windows[0]
     return window.scene if window is not None else bpy.context.scene
+
+
+def found(items: Any, uid: int) -> Any | None:
+    """The one of these scenes or pictures that had this session_uid some ticks ago; None if it is gone."""
+    return next((item for item in items if item.session_uid == uid), None)
 
 
 def view_layer_now() -> bpy.types.ViewLayer:

@@ -317,16 +317,12 @@ class Session:
             self._send(request)
 
     def _send(self, request: Any) -> None:
-        """Hand a request to the client; what the protocol does not allow becomes the job's problem."""
+        """Hand a request to the client; what the protocol does not allow is answered as the engine answers what it refuses."""
         assert self.client is not None
         try:
             self._asked[self.client.send(request)] = request
         except ProtocolError as error:
-            self._unsent.pop(getattr(request, "job", ""), None)
-            if isinstance(request, GuessElevation):
-                self.elevation = Error("input", f"This cannot be sent: {error}")
-            else:
-                self._blame(getattr(request, "job", ""), f"This cannot be sent: {error}")
+            self._take_error(Error("input", f"This cannot be sent: {error}"), request)
 
     def _drop_client(self) -> None:
         if self.client is not None:

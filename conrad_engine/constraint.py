@@ -61,9 +61,8 @@ class ReferenceView:
             return self
         size = max(1, round(height * scale)), max(1, round(width * scale))
         # Colors are averaged by mask, so that nothing of what was continued past it comes back in.
-        weight = self.mask + 1e-3
         mask = reduced_by_area(self.mask, *size)
-        rgb = reduced_by_area(self.rgb * weight, *size) / reduced_by_area(weight, *size)
+        rgb = reduced_by_area(self.rgb * (self.mask + 1e-3), *size) / (mask + 1e-3)
         surface = self.surface
         if surface is not None:
             surface = F.interpolate(surface[None], size, mode="nearest-exact")[0]

@@ -164,7 +164,7 @@ def check_library(folder: Path) -> None:
 
 def check_scene_camera(folder: Path) -> None:
     """The scene's reference camera for every picture; without one each picture says what is missing."""
-    batch_run, table = part("batch_run"), part("link").session().table
+    batch_run, batch_request, table = part("batch_run"), part("batch_request"), part("link").session().table
     settings = empty_scene().conrad
     settings.preset, settings.batch.camera = "draft", "CAMERA"
     opened = batch_run.run(str(folder / "in"), str(folder / "no_camera"), "GLB", pattern="cup.png", timeout_s=60)
@@ -180,22 +180,23 @@ def check_scene_camera(folder: Path) -> None:
     image.save()
     bpy.data.images.remove(image)
     data, n_images = (folder / "in" / "deep.tif").read_bytes(), len(bpy.data.images)
-    found = part("background").finish(batch_run._scene_camera(folder / "in" / "deep.tif", data))
+    steps = batch_request.picture_size(folder / "in" / "deep.tif", data)
+    found = batch_request.scene_camera(bpy.context.scene, part("background").finish(steps))
     assert found == setup and len(bpy.data.images) == n_images, "of other kinds Blender reads the size"
     (folder / "in" / "deep.tif").unlink()
 
 
 def check_elevations(folder: Path) -> None:
     """The engine guesses unless the scene, or the side-car for its picture, says how high the camera stands."""
-    batch, batch_run = part("batch"), part("batch_run")
+    batch, batch_request = part("batch"), part("batch_request")
     scene = empty_scene()
-    opened = batch_run.current = batch.Batch(folder / "in", folder / "elevations", [batch.Item("cup.png")])
+    opened = batch.Batch(folder / "in", folder / "elevations", [batch.Item("cup.png")])
 
     def sent(camera: str, **own: object) -> tuple:
         scene.conrad.batch.camera = camera
         (folder / "in" / "cup.json").write_text(json.dumps(own))
         source = batch.read_source(folder / "in" / "cup.png", 10_000)
-        request, _ = batch_run._request(opened.items[0], scene, source, {})
+        request, _ = batch_request.made_of(opened, opened.items[0], scene, source, {})
         names = ("elevation_deg", "is_elevation_known", "guess_elevation")
         return tuple(request.overrides.get(f"picture.{name}") for name in names)
 
@@ -207,7 +208,6 @@ def check_elevations(folder: Path) -> None:
     assert sent("ELEVATION", elevation_deg="auto") == (None, None, None)
     assert sent("CAMERA", elevation_deg="auto") == (None, None, None), "it needs no camera then"
     (folder / "in" / "cup.json").unlink()
-    batch_run.current = None
 
 
 def check_slow_drive(folder: Path) -> None:
