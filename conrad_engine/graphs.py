@@ -57,6 +57,7 @@ class GraphedStep:
         device: torch.device,
         generators: Sequence[torch.Generator] = (),
         enabled: bool = True,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         """
         Args:
@@ -64,8 +65,10 @@ class GraphedStep:
             device: Where it runs.
             generators: CUDA generators that the step draws from, besides the default one.
             enabled: False calls the step as it is.
+            stream: The current stream of every call, not the default one: warm-up and capture happen on it. For steps in which
+                an autograd graph outlives a call.
         """
-        self._step, self._generators, self._graph = step, tuple(generators), None
+        self._step, self._generators, self._graph, self._stream = step, tuple(generators), None, stream
         self._wants_capture = enabled and device.type == "cuda"
         if self._wants_capture and any(generator.device.type != "cuda" for generator in self._generators):
             raise ValueError("a captured step cannot draw from a CPU generator: its numbers would repeat")
@@ -125,6 +128,8 @@ class GraphedStep:
             del _within.outer
 
     def _on_side_stream(self, inputs: Tensors) -> Any:
+        if self._stream is not None:
+            return self._as_outer(inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -147,7 +152,7 @@ class GraphedStep:
         torch.cuda.synchronize()
         try:
             # Other threads (previews, the server's heartbeat) may use the device meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._outputs = self._as_outer(held)
         except torch.OutOfMemoryError:
             raise

@@ -53,7 +53,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class FailingCapture:
-        def __init__(self, graph: FakeGraph, capture_error_mode: str) -> None:
+        def __init__(self, graph: FakeGraph, stream: None, capture_error_mode: str) -> None:
             pass
 
         def __enter__(self) -> None:

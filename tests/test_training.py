@@ -307,6 +307,29 @@ def test_a_step_follows_the_gradient_and_leaves_bad_ones_out(tmp_path):
     assert all((m <= 0).all() for m, b in zip(moved, before) if (b == 0).all())  # without decay: straight downhill
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+def test_captured_training_does_what_plain_training_does(tmp_path):
+    device = torch.device("cuda")
+    cpu = marked_round()
+    store = batches.ViewStore(
+        [batches.Round(*(getattr(cpu, n).to(device) for n in batches.Round.__annotations__))], device
+    )
+
+    def trained(is_captured: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        trainer = train.Trainer(train.parse(train_arguments(tmp_path, tmp_path, 1.0)), train.Workers())
+        if not is_captured:
+            trainer.graphed_backward.disable()
+            trainer.graphed_step.disable()
+        torch.manual_seed(1)
+        losses, norms = zip(*((trainer.backward(store), trainer.update(1e-3 * step)) for step in range(9)))
+        assert trainer.graphed_backward.is_captured == trainer.graphed_step.is_captured == is_captured
+        return torch.stack(losses), torch.stack(norms), torch.cat([p.detach().flatten() for p in trainer.parameters])
+
+    for captured, plain in zip(trained(True), trained(False)):
+        torch.testing.assert_close(captured, plain, rtol=0.02, atol=2e-4)
+
+
 # Muon
 
 

@@ -40,9 +40,9 @@ def is_for_muon(name: str, parameter: Tensor) -> bool:
 
 class Muon(torch.optim.Optimizer):
     """Takes matrices, and kernels as matrices of (out, in * height * width); three stacked square ones (queries, keys, values)
-    count as three."""
+    count as three. A rate in a tensor may change where the step is captured in a CUDA graph."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float | Tensor, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -59,10 +59,9 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].lerp_(gradients, 1 - MOMENTUM)
                 ahead = gradients.lerp_(momentum, MOMENTUM)  # Nesterov's
                 scale = UPDATE_RMS * max(ahead.shape[-2:]) ** 0.5
-                updates = orthogonalized(ahead.flatten(0, 1)).view_as(ahead)
+                updates = orthogonalized(ahead.flatten(0, 1)).view_as(ahead) * (-settings["lr"] * scale)
                 torch._foreach_mul_(parameters, 1 - settings["lr"] * settings["weight_decay"])
-                rows = [u.reshape(p.shape) for u, p in zip(updates, parameters)]
-                torch._foreach_add_(parameters, rows, alpha=-settings["lr"] * scale)
+                torch._foreach_add_(parameters, [u.reshape(p.shape) for u, p in zip(updates, parameters)])
 
 
 def _as_matrices(x: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..graphs import WARM_UP_CALLS
 from ..guidance.embedded.sampling import ConditionedPrior
-from ..guidance.embedded.unet import Group, Layout, ViewPrior, alpha_sigma
+from ..guidance.embedded.unet import Group, Layout, Reference, ViewPrior, alpha_sigma
 from ..guidance.embedded.weights import load, to_bytes
 from .batches import Batch, ViewStore
 from .descent import Descent
@@ -54,7 +55,8 @@ def count_targets(layout: Layout) -> int:
 
 
 def stratified(n: int, device: torch.device) -> Float[Tensor, " n"]:
-    return (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
+    # `randperm` would draw few numbers on the host and copy them.
+    return (torch.rand(n, device=device).argsort() + torch.rand(n, device=device)) / n
 
 
 def draw_times(layout: Layout, device: torch.device) -> Float[Tensor, " b"]:
@@ -145,6 +147,7 @@ class Trainer(Descent):
         self.trained_s = 0.0
         self.cast = torch.autocast(self.device.type, torch.bfloat16)
         self.layout = training_layout(options.unit)
+        self.graphed_backward = self.graphed(self._backward)
         self.compiled = self.net
         if options.compile != "none":
             self.compiled = torch.compile(self.net, dynamic=False, fullgraph=True, backend=options.compile)
@@ -161,7 +164,11 @@ class Trainer(Descent):
 
     def backward(self, views: ViewStore) -> Tensor:
         """Gradients of one batch into the buffer; returns the mean weighted error of rings and of the other groups."""
-        batch, t = views.batch(self.layout), draw_times(self.layout, self.device)
+        return self.graphed_backward(views.batch(self.layout), draw_times(self.layout, self.device)).clone()
+
+    def _backward(self, batch: tuple, t: Tensor) -> Tensor:
+        targets, cameras, picture, reference = batch
+        batch = Batch(targets, cameras, picture, Reference(*reference))
         with self.cast:
             errors = v_errors(self.compiled, batch, t, torch.randn_like(batch.targets), self.layout)
         weighted = errors * loss_weights(t)
@@ -230,11 +237,12 @@ class Trainer(Descent):
 
 
 def compile_network(trainer: Trainer) -> None:
-    """Forward and backward once on empty pictures; done while the first views are still being rendered."""
+    """Forward and backward on empty pictures until they are captured; done while the first views are still being rendered."""
     start, blank = time.time(), ViewStore.blank(trainer.device)
-    for _ in range(2):
+    for _ in range(WARM_UP_CALLS + 1):
         trainer.backward(blank)
-    trainer.note({"event": "compiled", "seconds": round(time.time() - start, 1), "gpus": trainer.workers.count})
+    shown = {"event": "compiled", "seconds": round(time.time() - start, 1), "gpus": trainer.workers.count}
+    trainer.note(shown | {"captured": trainer.graphed_backward.is_captured})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..graphs import WARM_UP_CALLS
 from ..guidance.embedded.detail import (
     PICTURE_SIZE,
     WIDTHS,
@@ -218,14 +219,17 @@ class Trainer(Descent):
         prior = load_prior(options.prior).to(device).to(memory_format=torch.channels_last)
         self.degrader = Degrader(prior, self.cast, options.targets)
         self.trained_s, self.targets_a_step = 0.0, options.references * options.targets * workers.count
-        self.compiled = self.net
+        self.compiled, self.graphed_backward = self.net, self.graphed(self._backward)
         if options.compile != "none":
             self.compiled = torch.compile(self.net, dynamic=False, fullgraph=True, backend=options.compile)
 
     def backward(self, store: ViewStore) -> Tensor:
         """Gradients of one batch into the buffer; returns the weighted errors of its halves, the prior's first."""
         batch = self.degrader.batch(store, self.options.references)
-        t = stratified(len(batch.targets), self.device)
+        return self.graphed_backward(batch, stratified(len(batch.targets), self.device)).clone()
+
+    def _backward(self, batch: tuple, t: Tensor) -> Tensor:
+        batch = DetailBatch(*batch)
         with self.cast:
             sums, counts = v_errors(self.compiled, batch, t, torch.randn_like(batch.targets[:, :3]))
         weighted = sums * loss_weights(t)
@@ -290,7 +294,7 @@ class Trainer(Descent):
 
 
 def compile_network(trainer: Trainer) -> None:
-    """Forward and backward once on empty pictures; done while the first views are still being rendered.
+    """Forward and backward on empty pictures until captured; done while the first views are still being rendered.
 
     Where the compiler fails, training goes on without it: slower, but a planned time is not lost.
     """
@@ -301,8 +305,10 @@ def compile_network(trainer: Trainer) -> None:
     except torch._dynamo.exc.TorchDynamoException as error:
         trainer.compiled = trainer.net
         trainer.note({"event": "not compiled", "reason": str(error)[:500]})
-    trainer.backward(blank)
-    trainer.note({"event": "compiled", "seconds": round(time.time() - start, 1), "gpus": trainer.workers.count})
+    for _ in range(WARM_UP_CALLS):
+        trainer.backward(blank)
+    shown = {"event": "compiled", "seconds": round(time.time() - start, 1), "gpus": trainer.workers.count}
+    trainer.note(shown | {"captured": trainer.graphed_backward.is_captured})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
