@@ -104,6 +104,10 @@ def test_fields_section(report: Report) -> None:
     assert all(0 < error < 1e-4 for error in errors["notes"].values())
     assert [row["name"] for row in sections["hash grid"]] == ["torch, forward", "torch, forward + backward"]
     assert all(row["timing"]["median_ms"] > row["floor_ms"] > 0 for row in sections["hash grid"])
+    (errors,) = sections["heads, errors"]
+    assert set(errors["notes"]) == {"output", "gradient to features", "gradient to parameters"}
+    assert all(0 < error < 1e-4 for error in errors["notes"].values())
+    assert [row["name"] for row in sections["heads"]] == ["layers, forward", "layers, forward + backward"]
     assert len(sections["render"]) == 2 and not any(row["error"] for rows in sections.values() for row in rows)
 
 

@@ -77,6 +77,15 @@ def test_coarse_to_fine_levels():
     assert field.encoding.active_levels == 4
 
 
+def test_smoothness_compares_each_place_with_its_own_neighbour():
+    field = fields()[1]
+    torch.nn.init.normal_(field.encoding.table)
+    places, moves = field.draw_smoothness(torch.Generator().manual_seed(0))
+    points = BOX[0] + places * (BOX[1] - BOX[0])
+    here, there = (torch.tanh(field.density(x) / CONFIG.density_scale) for x in (points, points + 0.02 * moves))
+    torch.testing.assert_close(field.smoothness(places, moves), (here - there).square().mean())
+
+
 def test_parameter_groups_cover_all_parameters():
     for field in fields():
         listed = {id(p) for group in field.parameter_groups(OptimizeConfig()) for p in group["params"]}

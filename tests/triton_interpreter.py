@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-KERNELS = ("hash_grid_triton", "group_norm_triton")
+KERNELS = ("hash_grid_triton", "heads_triton", "group_norm_triton")
 
 
 def import_anew(name: str) -> ModuleType:

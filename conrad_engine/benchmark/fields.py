@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cameras import Camera, orbit_camera
 from ..config import FieldConfig
@@ -67,7 +68,9 @@ def run(report: Report, ceilings: Ceilings) -> None:
     size, n_samples = (64, 256) if report.device.type == "cuda" else (16, 16) if report.is_small else (32, 64)
     encoders = ("torch", "triton", "tinycudann") if report.device.type == "cuda" else ("torch",)
     _errors(report, config, encoders)
-    _encoders(report, ceilings, config, encoders, ray_points(size, n_samples, report.device))
+    points = ray_points(size, n_samples, report.device)
+    _encoders(report, ceilings, config, encoders, points)
+    _heads(report, ceilings, HashField(replace(config, encoder="auto"), unit_box(report.device)), len(points))
     _renders(report, config, encoders, size, n_samples)
 
 
@@ -180,6 +183,99 @@ def _triton_variants(report: Report, grid: HashGrid, points: Tensor, weight: Ten
     report.time("triton, float32 reads", variant(chosen, False, points), floor_ms)
     leaf = points.clone().requires_grad_()
     report.time("triton, with gradient to positions", variant(chosen, True, leaf), floor_ms)
+
+
+def _heads(report: Report, ceilings: Ceilings, field: HashField, n: int) -> None:
+    """The field's networks as torch's layers and in one kernel."""
+    device, heads = report.device, (field.density_head, field.color_head)
+    width, n_out = field.encoding.n_outputs, 4
+    # Features of order one, as a trained grid has them, in the layout of the Triton encoder.
+    features = torch.randn(width, n, device=device).t().requires_grad_()
+    weights = [torch.randn(k, n, device=device).t() for k in (1, 3)]
+    evaluations: dict[str, Callable[..., list[Tensor]]] = {"layers": lambda x, *heads: [head(x) for head in heads]}
+    if field.encoding.backend(device) == "triton":
+        from ..fields import heads_triton
+
+        evaluations["fused"] = heads_triton.evaluate
+
+    report.begin(
+        "heads, errors", f"against float64 on {N_CHECKED} points; units that rounding turns on or off count in full"
+    )
+    for name, evaluate in evaluations.items():
+        try:
+            report.add(Row(name, notes=_head_errors(evaluate, heads, features[:N_CHECKED], weights)))
+        except EXPECTED_ERRORS as error:
+            report.fail(name, error)
+
+    report.begin(
+        "heads",
+        f"density and color from features of {n} points; floor: features, outputs and their gradients moved once, or the "
+        "products at the rate of bfloat16",
+    )
+    n_bytes = 4 * n * (width + n_out)
+    flop = 2 * n * field.config.hidden * (2 * width + n_out)
+    forward_floor_ms = ceilings.floor_ms(n_bytes, flop)
+    # Backward: features and gradients of outputs read, gradients of features written; hidden units anew, two products.
+    floor_ms = ceilings.floor_ms(2 * n_bytes + 4 * n * width, 4 * flop)
+    for name, evaluate in evaluations.items():
+
+        def forward(evaluate: Callable[..., list[Tensor]] = evaluate) -> None:
+            with torch.no_grad():
+                evaluate(features, *heads)
+
+        def both(evaluate: Callable[..., list[Tensor]] = evaluate) -> None:
+            features.grad = None
+            field.zero_grad(set_to_none=True)
+            torch.autograd.backward(evaluate(features, *heads), weights)
+
+        report.time(f"{name}, forward", forward, forward_floor_ms)
+        report.time(f"{name}, forward + backward", both, floor_ms)
+        report.time(f"{name}, forward + backward, captured", both, floor_ms, is_captured=True)
+        if name == "fused":
+            _head_variants(report, both, floor_ms)
+
+
+def _head_errors(
+    evaluate: Callable[..., list[Tensor]], heads: tuple[nn.Sequential, ...], features: Tensor, weights: list[Tensor]
+) -> dict[str, float]:
+    """Relative errors against float64."""
+
+    def run(dtype: torch.dtype, evaluate: Callable[..., list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        own = [deepcopy(head).to(dtype) for head in heads]
+        x = features.detach().to(dtype).requires_grad_()
+        outputs = evaluate(x, *own)
+        inputs = [x, *(parameter for head in own for parameter in head.parameters())]
+        grads = torch.autograd.grad(outputs, inputs, [w[: len(x)].to(dtype) for w in weights])
+        return torch.cat(outputs, 1).detach(), grads[0], torch.cat([grad.flatten() for grad in grads[1:]])
+
+    exact = run(torch.float64, lambda x, *heads: [head(x) for head in heads])
+    names = ("output", "gradient to features", "gradient to parameters")
+    return {name: relative_error(*pair) for name, *pair in zip(names, run(torch.float32, evaluate), exact)}
+
+
+def _head_variants(report: Report, both: Callable[[], object], floor_ms: float) -> None:
+    """What the choices in `heads_triton` are worth; each row differs from the chosen ones in what it names."""
+    from ..fields import heads_triton
+
+    choices: tuple[dict[str, object], ...] = (
+        {"BLOCK": 64},
+        {"WARPS": 8},
+        {"BLOCK_BACKWARD": 32},
+        {"BLOCK_BACKWARD": 32, "WARPS_BACKWARD": 4},
+        {"BLOCK_BACKWARD": 128},
+        {"STAGES_BACKWARD": 1},
+        {"STAGES_BACKWARD": 3},
+        {"N_PROGRAMS": 132},
+        {"N_PROGRAMS": 528},
+        {"GRADIENTS": heads_triton.tl.float32},
+    )
+    for choice in choices:
+        chosen = {name: getattr(heads_triton, name) for name in choice}
+        for name, value in choice.items():
+            setattr(heads_triton, name, value)
+        report.time("fused, " + ", ".join(f"{name} {value}" for name, value in choice.items()), both, floor_ms)
+        for name, value in chosen.items():
+            setattr(heads_triton, name, value)
 
 
 def _renders(report: Report, config: FieldConfig, encoders: tuple[str, ...], size: int, n_samples: int) -> None:

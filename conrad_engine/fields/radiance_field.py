@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -45,8 +47,19 @@ class HashField(nn.Module):
         unit = ((positions - self.aabb[0]) / (self.aabb[1] - self.aabb[0])).clamp(0, 1)
         return self.encoding(unit)
 
-    def _density(self, features: Tensor, positions: Tensor) -> Tensor:
-        raw = self.density_head(features)[:, 0]
+    def _answers(self, features: Tensor, *heads: nn.Sequential) -> list[Float[Tensor, "n n_out"]]:
+        """Outputs of the networks.
+
+        In one kernel where Triton encodes: its features lie as that kernel reads them, and have no second derivatives either.
+        """
+        if self.encoding.backend(features.device) == "triton":
+            kernels = _heads_module()
+            if kernels.can_run(features.device, features.shape[1], self.config.hidden):
+                return kernels.evaluate(features, *heads)
+        return [head(features) for head in heads]
+
+    def _density(self, raw: Float[Tensor, "n 1"], positions: Tensor) -> Tensor:
+        raw = raw.squeeze(-1)
         if not self.is_from_shape:
             blob = self.config.blob_density * (1 - positions.norm(dim=-1) / self.config.blob_radius)
             raw = raw + blob.clamp(min=EMPTY_RAW)
@@ -54,11 +67,12 @@ class HashField(nn.Module):
         return self.config.density_scale * F.softplus(torch.where(inside, raw, EMPTY_RAW))
 
     def density(self, positions: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
-        return self._density(self._features(positions), positions)
+        (raw,) = self._answers(self._features(positions), self.density_head)
+        return self._density(raw, positions)
 
     def density_and_color(self, positions: Float[Tensor, "n 3"]) -> tuple[Tensor, Tensor]:
-        features = self._features(positions)
-        return self._density(features, positions), self.color_head(features).sigmoid()
+        raw, colors = self._answers(self._features(positions), self.density_head, self.color_head)
+        return self._density(raw, positions), colors.sigmoid()
 
     def set_progress(self, progress: float) -> None:
         """Coarse to fine: `start_levels` levels at first, all of them from half of the run."""
@@ -75,8 +89,9 @@ class HashField(nn.Module):
         """Change of density between nearby random points near the surface, in units of the activation."""
         points = self.aabb[0] + places * (self.aabb[1] - self.aabb[0])
         moved = points + 0.02 * moves
-        scale = self.config.density_scale
-        return (torch.tanh(self.density(points) / scale) - torch.tanh(self.density(moved) / scale)).square().mean()
+        # One look-up of both: the gradient of each has the size of the whole table.
+        shares = torch.tanh(self.density(torch.cat([points, moved])) / self.config.density_scale)
+        return (shares[: len(points)] - shares[len(points) :]).square().mean()
 
     def parameter_groups(self, config: OptimizeConfig) -> list[dict]:
         heads = [*self.density_head.parameters(), *self.color_head.parameters()]
@@ -95,12 +110,19 @@ class HashField(nn.Module):
             unit = torch.rand(8192, 3, device=self.aabb.device)
             wanted = F.grid_sample(grid, (unit * 2 - 1)[None, None, None], align_corners=False)[0, 0, 0, 0]
             positions = self.aabb[0] + unit * (self.aabb[1] - self.aabb[0])
-            raw = self.density_head(self._features(positions))[:, 0]
-            loss = (raw - (wanted * 150).clamp(EMPTY_RAW, 6.0)).square().mean()
+            (raw,) = self._answers(self._features(positions), self.density_head)
+            loss = (raw.squeeze(-1) - (wanted * 150).clamp(EMPTY_RAW, 6.0)).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         self.set_progress(0.0)
+
+
+def _heads_module() -> ModuleType:
+    """Imported only where Triton is known to be there."""
+    from . import heads_triton
+
+    return heads_triton
 
 
 def make_field(config: FieldConfig, aabb: Float[Tensor, "2 3"]) -> DenseVolume | HashField:
