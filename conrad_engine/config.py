@@ -99,6 +99,8 @@ class FieldConfig:
     """Hash grid: width of the MLPs."""
     encoder: str = "torch"
     """Hash grid: torch, triton, tinycudann (encoding only, fp32), or auto: triton on CUDA, else torch."""
+    fused_heads: bool = False
+    """Hash grid encoded by triton: both MLPs in one kernel. Off until it has been measured on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -114,12 +114,18 @@ def test_results_repeat_bit_by_bit(kernels: types.ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "fits", "is_fused"), [("triton", True, True), ("triton", False, False), ("torch", True, False)]
+    ("backend", "fits", "is_wanted", "is_fused"),
+    [
+        ("triton", True, True, True),
+        ("triton", False, True, False),
+        ("torch", True, True, False),
+        ("triton", True, False, False),
+    ],
 )
 def test_the_field_asks_for_the_kernel_where_triton_encodes(
-    backend: str, fits: bool, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str, fits: bool, is_wanted: bool, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = FieldConfig(kind="hash_grid", n_levels=3, log2_table=8, max_resolution=32)
+    config = FieldConfig(kind="hash_grid", n_levels=3, log2_table=8, max_resolution=32, fused_heads=is_wanted)
     field = HashField(config, torch.tensor([[-1.0] * 3, [1.0] * 3]))
     asked: list[tuple[nn.Module, ...]] = []
 
@@ -175,7 +181,7 @@ def test_the_field_is_the_same_with_and_without_the_kernel(n: int, monkeypatch: 
     from conrad_engine.fields import heads_triton
 
     torch.manual_seed(0)
-    config = FieldConfig(kind="hash_grid", encoder="triton", start_levels=16)
+    config = FieldConfig(kind="hash_grid", encoder="triton", start_levels=16, fused_heads=True)
     field = HashField(config, torch.tensor([[-1.0] * 3, [1.0] * 3], device="cuda"))
     field.encoding.table.data.uniform_(-1, 1)
     points = torch.rand(n, 3, device="cuda") * 2 - 1

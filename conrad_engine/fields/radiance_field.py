@@ -50,9 +50,10 @@ class HashField(nn.Module):
     def _answers(self, features: Tensor, *heads: nn.Sequential) -> list[Float[Tensor, "n n_out"]]:
         """Outputs of the networks.
 
-        In one kernel where Triton encodes: its features lie as that kernel reads them, and have no second derivatives either.
+        With `fused_heads` in one kernel where Triton encodes: its features lie as that kernel reads them, and have no second
+        derivatives either.
         """
-        if self.encoding.backend(features.device) == "triton":
+        if self.config.fused_heads and self.encoding.backend(features.device) == "triton":
             kernels = _heads_module()
             if kernels.can_run(features.device, features.shape[1], self.config.hidden):
                 return kernels.evaluate(features, *heads)
