@@ -48,6 +48,14 @@ def require_diffusers() -> None:
         )
 
 
+def import_hub() -> None:
+    """Import the hub's client, a sixth of a second, before a thread imports the libraries: they use it too, and of its modules,
+    which import each other, two threads could see halves. Whoever needs it says what fails."""
+    with suppress(Exception):
+        from huggingface_hub import HfApi, constants, snapshot_download  # noqa: F401
+        from huggingface_hub.utils import LocalEntryNotFoundError  # noqa: F401
+
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

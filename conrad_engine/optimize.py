@@ -55,6 +55,7 @@ def optimize(
     Raises:
         Cancelled: The monitor asked for it; the checkpoint is written.
         OptimizationError: Non-finite values in a row, or out of memory at one view a step.
+        GuidanceError, MissingDependency: As from reading the priors, where that is late.
     """
     n_coarse, n_total = n_coarse_steps(config), n_total_steps(config)
     n_warm = n_coarse - config.optimize.n_steps
@@ -73,6 +74,11 @@ def optimize(
         if command is Command.CANCEL:
             save(state)
             raise Cancelled(f"cancelled at step {state.step} of {n_total}; the checkpoint is kept")
+        if state.step >= n_warm and priors.late is not None:
+            train_step.graphed.reset()  # gives the fit's memory to what is read now
+            priors = priors.late()
+            train_step = TrainStep(state, priors.guidance, condition, config, ranks, priors.likeness)
+            started, first_step = time.monotonic(), state.step
         if state.step == n_coarse:
             started, first_step = time.monotonic(), state.step  # steps of the fine stage take longer
         try:

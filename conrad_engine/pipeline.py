@@ -23,14 +23,12 @@ import torch
 
 from . import __version__
 from .cameras import Camera, CameraSetup, Similarity
-from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from .checkpoint import FILE_NAME, fingerprint, load_checkpoint, save_checkpoint
 from .config import (
     HALF_BOX,
     REFERENCE_EXTENT,
     EmbeddedPriorConfig,
-    MixtureConfig,
     PipelineConfig,
-    StableDiffusionConfig,
     to_json,
 )
 from .constraint import ConstrainedField, ReferenceView, reference_view
@@ -41,12 +39,14 @@ from .errors import Cancelled, InputError
 from .fields.radiance_field import make_field
 from .files import BackgroundWriter, make_folder, write_json
 from .finish import Finished, finish
-from .guidance import make_guidance, make_likeness
+from .guidance import check_priors, import_libraries, make_guidance, make_likeness
 from .guidance.embedded.prior import EmbeddedPrior
 from .guidance.interfaces import Priors, ReferencePicture, ViewSampler
+from .guidance.textual_inversion import learns_word, with_learned_word
 from .mesh.glb import load_mesh, load_writer
 from .mesh.mesh import Mesh
 from .mesh.occupancy import signed_distance_grid
+from .model_files import import_hub
 from .monitor import Command, Monitor, Progress
 from .optimize import memory_bytes, optimize
 from .preprocess.framing import Frame, condition_picture, frame_object
@@ -116,6 +116,8 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
     config, started = job.config, time.monotonic()
     device = resolve_device(config.device)
     wake(device)
+    # A job that goes on may have no step left to do.
+    imports = None if resume and (folder / FILE_NAME).exists() else _start_imports(config)
     n_threads = set_threads(config.threads)
     torch.set_float32_matmul_precision("high")  # the field's networks on a GPU's tensor cores
     with _log_file(folder), BackgroundWriter() as writer:
@@ -132,10 +134,13 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         seconds = {"prepare": time.monotonic() - started}
         # A job stopped early and only made into a mesh again needs no prior.
         if state.step < n_total_steps(config) and monitor.command() is not Command.KEEP:
-            priors = _priors(config, inputs, device, folder, is_resumed, monitor)
+            imports = imports or _start_imports(config)
+            priors = _priors(config, inputs, device, folder, is_resumed, monitor, imports)
+            seconds["load"] = time.monotonic() - started - seconds["prepare"]
+            if priors.late is not None:
+                priors = replace(priors, late=_added_to(seconds, "load")(priors.late))
             # Now there is time: what follows computes outside of Python.
             Thread(target=load_writer, daemon=True).start()
-            seconds["load"] = time.monotonic() - started - seconds["prepare"]
             save = lambda s: save_checkpoint(folder, s, config, inputs.fingerprint, writer)  # noqa: E731
             show = lambda s: _show(s, frame, config, monitor)  # noqa: E731
             if not is_resumed:
@@ -172,11 +177,12 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
 def help_optimize(ranks: Ranks, device: torch.device, job: Job, folder: Path) -> None:
     """What another process does in a job whose views are shared: go on from the first one's checkpoint, and write nothing."""
     config, monitor = job.config, Monitor()
+    imports = _start_imports(config)
     inputs = _prepare(job, monitor, device)
     state = _first_state(inputs.view, config, device)
     _initial_shape(job, inputs.frame, state, config)
     load_checkpoint(folder, state, config, inputs.fingerprint)
-    priors = _priors(config, inputs, device, folder, True, monitor)
+    priors = _priors(config, inputs, device, folder, True, monitor, imports)
     silent = lambda s: None  # noqa: E731
     with suppress(Cancelled):
         optimize(state, priors, inputs.frame.condition, config, monitor, silent, silent, ranks)
@@ -285,10 +291,31 @@ def _fitted(points: torch.Tensor) -> Similarity:
     return Similarity(scale, torch.eye(3, dtype=torch.float64), -scale * (low + high) / 2)
 
 
+def _start_imports(config: PipelineConfig) -> Thread:
+    """Let a thread import the libraries of the priors, beside preparation and warm start.
+
+    It reads no weights: for that both libraries change torch's default type and its modules, in all threads.
+    """
+    if config.clip.is_used or not isinstance(config.guidance, EmbeddedPriorConfig):
+        import_hub()
+    thread = Thread(target=import_libraries, args=(config.guidance, config.clip), daemon=True)
+    thread.start()
+    return thread
+
+
 def _priors(
-    config: PipelineConfig, inputs: _Inputs, device: torch.device, folder: Path, is_resumed: bool, monitor: Monitor
+    config: PipelineConfig,
+    inputs: _Inputs,
+    device: torch.device,
+    folder: Path,
+    is_resumed: bool,
+    monitor: Monitor,
+    imports: Thread,
 ) -> Priors:
-    """What the optimisation asks, with the reference set; nothing where nothing will be asked."""
+    """What the optimisation asks, with the reference set; nothing where nothing will be asked.
+
+    A latent model is read after the warm start, which the embedded prior draws: the libraries are there by then.
+    """
     has_warm_start = config.optimize.warm_start_views > 0 and config.optimize.warm_start_steps > 0
     if config.optimize.n_steps == 0 and not has_warm_start:
         return Priors()
@@ -300,24 +327,41 @@ def _priors(
     is_known = (config.picture if inputs.guess is None else inputs.guess.picture).is_elevation_known
     reference = ReferencePicture(picture, frame.condition, is_known, config.prompt, frame.object_size)
     settings = config.guidance
-    if isinstance(settings, StableDiffusionConfig | MixtureConfig):
-        from .guidance.textual_inversion import with_learned_word
-
+    check_priors(settings, config.clip, config.prompt, device)
+    if learns_word(settings):
+        _wait_for(imports, monitor)
         report = lambda step, loss: _learning_step(step, loss, monitor)  # noqa: E731
         settings, reference = with_learned_word(settings, reference, device, folder, config.seed, is_resumed, report)
-    guidance = make_guidance(settings, device)
-    guidance.set_reference(reference)
-    likeness = make_likeness(config.clip, device)
-    if likeness is not None:
-        likeness.set_reference(reference)
-    if not has_warm_start:
-        return Priors(guidance, likeness)
-    if isinstance(guidance, ViewSampler):
-        return Priors(guidance, likeness, guidance)
+
+    def read() -> Priors:
+        _wait_for(imports, monitor)
+        guidance = make_guidance(settings, device)
+        guidance.set_reference(reference)
+        likeness = make_likeness(config.clip, device)
+        if likeness is not None:
+            likeness.set_reference(reference)
+        return Priors(guidance, likeness, guidance if isinstance(guidance, ViewSampler) else None)
+
+    if not has_warm_start or isinstance(settings, EmbeddedPriorConfig):
+        return read()
     # Other priors draw no views: the embedded one starts their jobs.
     sampler = EmbeddedPrior(EmbeddedPriorConfig(), device)
     sampler.set_reference(reference)
-    return Priors(guidance, likeness, sampler)
+    return Priors(sampler=sampler, late=read)
+
+
+def _wait_for(imports: Thread, monitor: Monitor) -> None:
+    while imports.is_alive():
+        if monitor.command() is Command.CANCEL:
+            raise Cancelled("cancelled while libraries were imported")
+        imports.join(0.05)
+
+
+@contextmanager
+def _added_to(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[stage] += time.monotonic() - started
 
 
 def _learning_step(step: int, loss: float, monitor: Monitor) -> None:

@@ -60,6 +60,27 @@ def test_a_missing_model_is_said_before_libraries_are_imported():
     assert run.stdout.split() == ["False", "False"], run.stderr
 
 
+def test_libraries_imported_ahead_are_all_that_reading_takes(folder, tmp_path):
+    models = folder, tiny.write_zero123(tmp_path / "zero123"), tiny.write_clip(tmp_path / "clip")
+    script = (
+        "import sys, torch\n"
+        "from conrad_engine.config import ClipConfig, MixtureConfig, StableDiffusionConfig, Zero123Config\n"
+        "from conrad_engine.guidance import import_libraries, make_guidance, make_likeness\n"
+        "text, novel, clip = sys.argv[1:]\n"
+        "parts = {'stable_diffusion': StableDiffusionConfig(model=text), 'zero123': Zero123Config(model=novel)}\n"
+        "config, clip = MixtureConfig(**parts), ClipConfig(weight=1, model=clip)\n"
+        "interval = sys.getswitchinterval()\n"
+        "import_libraries(config, clip)\n"
+        "assert sys.getswitchinterval() == interval\n"
+        "before = set(sys.modules)\n"
+        "make_guidance(config, torch.device('cpu')), make_likeness(clip, torch.device('cpu'))\n"
+        "print(*(name for name in set(sys.modules) - before if name.startswith(('diffusers', 'transformers'))))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, *map(str, models)], capture_output=True, text=True, check=True)
+    # Small ones that settings of schedulers name.
+    assert not [name for name in run.stdout.split() if not name.startswith("diffusers.schedulers.")]
+
+
 def test_garbage_is_collected_again_after_a_failure():
     with pytest.raises(GuidanceError):
         make_guidance(Zero123Config(model="./none"), torch.device("cpu"))

@@ -315,6 +315,57 @@ def test_out_of_memory_goes_on_with_fewer_views():
         run(state, config, frame, HungryPrior(0))
 
 
+def run_late(state, config, frame, read, monitor=None):
+    priors = Priors(sampler=BallPrior(), late=read)
+    loop.optimize(state, priors, frame.condition, config, monitor or Monitor(), lambda s: None, lambda s: None)
+
+
+def test_a_prior_read_after_the_fit_gives_the_same():
+    state, config, frame, _ = toy(steps=6, warm=8)
+    run(state, config, frame)
+    later, read_at = toy(steps=6, warm=8)[0], []
+
+    def read():
+        read_at.append(later.step)
+        return Priors(BallPrior())
+
+    run_late(later, config, frame, read)
+    assert read_at == [8] and later.step == 14
+    assert all(torch.equal(a, b) for a, b in zip(state.field.parameters(), later.field.parameters(), strict=True))
+
+
+def test_a_prior_is_read_at_once_where_nothing_is_left_to_fit_and_never_where_no_step_asks():
+    read_at = []
+    state, config, frame, _ = toy(steps=6, warm=8)
+    state.step = 9
+
+    def read():
+        read_at.append(state.step)
+        return Priors(BallPrior())
+
+    run_late(state, config, frame, read)
+    assert read_at == [9] and state.sampled is None
+
+    class KeepAt5(Monitor):
+        def command(self):
+            return Command.KEEP if state.step == 5 else Command.RUN
+
+    state, config, frame, _ = toy(steps=6, warm=8)
+    run_late(state, config, frame, lambda: pytest.fail("no step asks for it"), KeepAt5())
+    assert state.step == 5
+
+
+def test_memory_that_runs_out_while_a_prior_is_read_is_no_matter_of_views():
+    state, config, frame, _ = toy(steps=2, warm=2)
+
+    def read():
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run_late(state, config, frame, read)
+    assert state.n_views == 2
+
+
 def test_checkpoints_refuse_what_is_not_theirs(tmp_path):
     state, config, _, _ = toy()
     assert load_checkpoint(tmp_path, state, config, "a") is False

@@ -31,7 +31,8 @@ def run_toy(ranks: Ranks, monitor: Monitor | None = None):
     arguments = (monitor or Monitor(), lambda s: None, lambda s: None, ranks)
     with mock.patch.object(steps, "GraphedStep", Buffered) if ranks.count > 1 else nullcontext():
         prior = SplitBallPrior()
-        loop.optimize(state, Priors(prior, sampler=prior), frame.condition, config, *arguments)
+        priors = Priors(sampler=prior, late=lambda: Priors(prior))
+        loop.optimize(state, priors, frame.condition, config, *arguments)
     return state
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,12 @@ def spherical_distance(a: Float[Tensor, "n width"], b: Float[Tensor, "m width"])
     return 2 * (F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).norm(dim=-1).div(2).arcsin().square()
 
 
+def find_model(config: ClipConfig) -> Path:
+    """The folder of its files; errors as those of `ClipLikeness`."""
+    require_diffusers()
+    return model_folder(config.model, ("",), replace(config.weights, precision="float32"))
+
+
 class ClipLikeness:
     """CLIP's picture encoder, and what it makes of the picture. Implements `interfaces.Likeness`."""
 
@@ -50,8 +57,7 @@ class ClipLikeness:
         self.config, self.device = config, device
         # Float32: the encoder is small, and the gradient that comes out of it would be lost in half precision.
         weights = replace(config.weights, precision="float32")
-        folder = model_folder(config.model, ("",), weights)
-        clip = load_component(folder, "", CLIPModel, torch.float32, weights)
+        clip = load_component(find_model(config), "", CLIPModel, torch.float32, weights)
         self.encoder, self.projection = clip.vision_model.to(device), clip.visual_projection.to(device)
         self.picture_size = int(clip.config.vision_config.image_size)
         # On the device once: a captured step cannot bring numbers from the host.

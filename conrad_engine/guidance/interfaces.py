@@ -133,3 +133,5 @@ class Priors:
     """A further loss of distilled views."""
     sampler: ViewSampler | None = None
     """Draws the views of the warm start."""
+    late: Callable[[], Priors] | None = None
+    """Reads the others, which the warm start does not ask: called before the first step that does."""

@@ -140,13 +140,17 @@ class LatentSpace:
         return in_layout(rgb.to(self.dtype) * 2 - 1)
 
 
+def find_tiny_autoencoder(weights: WeightsConfig) -> Path | None:
+    """The folder of the tiny autoencoder, if the settings name one; errors as those of `model_folder`."""
+    return model_folder(weights.tiny_autoencoder, ("",), weights) if weights.tiny_autoencoder else None
+
+
 def load_latent_space(folder: Path, weights: WeightsConfig, device: torch.device) -> LatentSpace:
     """A model's own autoencoder, or the tiny one that the settings name."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     dtype = DTYPES[weights.precision]
-    if weights.tiny_autoencoder:
-        tiny = model_folder(weights.tiny_autoencoder, ("",), weights)
+    if tiny := find_tiny_autoencoder(weights):
         return LatentSpace(load_component(tiny, "", AutoencoderTiny, dtype, weights), device)
     # XL's autoencoder overflows in float16 unless its settings say otherwise. In other models' settings the same word is only
     # diffusers' default, written there by whoever saved them anew, and diffusers does not heed it either.

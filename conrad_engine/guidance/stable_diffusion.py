@@ -19,7 +19,7 @@ from ..model_files import DTYPES, is_xl, load_component, model_folder, require_d
 from . import sds
 from .distill import Denoiser, Distiller, Draws, NoiseSchedule
 from .interfaces import GuidanceResult, ReferencePicture
-from .latents import composited, load_latent_space, on_device
+from .latents import composited, find_tiny_autoencoder, load_latent_space, on_device
 from .memory import choose_plan
 from .prompts import NEGATIVE_VIEWS, VIEWS, negative_weights, view_prompts, view_shares
 
@@ -42,6 +42,20 @@ class TextCondition:
         pooled = None if self.pooled is None else shares.to(self.pooled) @ self.pooled
         tokens = torch.einsum("nr,rtw->ntw", shares.to(self.tokens), self.tokens)
         return TextCondition(tokens, pooled, sees_picture)
+
+
+def check_settings(config: StableDiffusionConfig, prompt: str, device: torch.device) -> None:
+    """Refuse what `StableDiffusionGuidance` would for want of a package, of files or of a prompt."""
+    require_diffusers()
+    weights = with_precision(config.weights, device)
+    model_folder(config.model, PARTS, weights, optional=PARTS_XL)
+    find_tiny_autoencoder(weights)
+    if config.embedding:
+        trusted_file(config.embedding, weights)
+    if config.ip_adapter:
+        _adapter_folder(config, weights)
+    if config.word_steps == 0:  # a word that is learned becomes the prompt
+        _require_condition(config, prompt)
 
 
 class StableDiffusionGuidance:
@@ -78,11 +92,7 @@ class StableDiffusionGuidance:
         Raises:
             InputError: There is neither a prompt nor a picture to condition on.
         """
-        if not reference.prompt and not self.config.ip_adapter:
-            raise InputError(
-                "Stable Diffusion needs a prompt that says what the picture shows (--prompt), or an IP-Adapter "
-                "(guidance.ip_adapter)"
-            )
+        _require_condition(self.config, reference.prompt)
         prompts = view_prompts(reference.prompt) if self.config.view_prompts else [reference.prompt] * len(VIEWS)
         self.text = self.encode_text([self.config.negative_prompt, *prompts])
         if self.config.ip_adapter:
@@ -184,6 +194,14 @@ class StableDiffusionGuidance:
         return [embeds.to(self.device, self.dtype) for embeds in encoded]
 
 
+def _require_condition(config: StableDiffusionConfig, prompt: str) -> None:
+    if not prompt and not config.ip_adapter:
+        raise InputError(
+            "Stable Diffusion needs a prompt that says what the picture shows (--prompt), or an IP-Adapter "
+            "(guidance.ip_adapter)"
+        )
+
+
 def _make_pipeline(
     folder: Path, config: StableDiffusionConfig, weights: WeightsConfig, vae: Any, keeps_encoders: bool
 ) -> Any:
@@ -223,10 +241,15 @@ def _make_pipeline(
     return pipeline
 
 
+def _adapter_folder(config: StableDiffusionConfig, weights: WeightsConfig) -> Path:
+    place = config.ip_adapter_file.rpartition("/")[0]
+    encoder = f"{place}/image_encoder" if place else "image_encoder"
+    return model_folder(config.ip_adapter, (encoder,), weights, (config.ip_adapter_file,))
+
+
 def _add_ip_adapter(pipeline: Any, config: StableDiffusionConfig, weights: WeightsConfig) -> None:
     """IP-Adapter (arXiv:2308.06721): further cross-attention that reads the picture's CLIP embedding."""
+    folder = _adapter_folder(config, weights)
     place, _, name = config.ip_adapter_file.rpartition("/")
-    encoder = f"{place}/image_encoder" if place else "image_encoder"
-    folder = model_folder(config.ip_adapter, (encoder,), weights, (config.ip_adapter_file,))
     pipeline.load_ip_adapter(folder, subfolder=place, weight_name=name, image_encoder_folder="image_encoder")
     pipeline.set_ip_adapter_scale(config.ip_adapter_scale)

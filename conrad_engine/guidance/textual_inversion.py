@@ -44,6 +44,17 @@ class InversionSettings:
     """Augmentation: smallest size against the picture's own; the largest is its inverse."""
 
 
+def learns_word(config: GuidanceConfig) -> bool:
+    """Whether `with_learned_word` has anything to do."""
+    text = _text_of(config)
+    return text is not None and text.word_steps > 0 and not text.embedding
+
+
+def _text_of(config: GuidanceConfig) -> StableDiffusionConfig | None:
+    text = config.stable_diffusion if isinstance(config, MixtureConfig) else config
+    return text if isinstance(text, StableDiffusionConfig) else None
+
+
 def with_learned_word(
     config: GuidanceConfig,
     reference: ReferencePicture,
@@ -59,8 +70,8 @@ def with_learned_word(
         folder: Keeps the word (`FILE_NAME`), which a resumed job takes from there.
         report: See `invert_picture`, which also says what is raised.
     """
-    text = config.stable_diffusion if isinstance(config, MixtureConfig) else config
-    if not isinstance(text, StableDiffusionConfig) or text.word_steps == 0 or text.embedding:
+    text = _text_of(config)
+    if text is None or not learns_word(config):
         return config, reference
     path = folder / FILE_NAME
     if not (is_resumed and path.is_file()):

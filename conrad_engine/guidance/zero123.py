@@ -33,9 +33,10 @@ from ..model_files import (
 from . import sds
 from .distill import Denoiser, Distiller, Draws, NoiseSchedule
 from .interfaces import GuidanceResult, ReferencePicture
-from .latents import composited, load_latent_space, on_device, resized
+from .latents import composited, find_tiny_autoencoder, load_latent_space, on_device, resized
 from .memory import choose_plan
 
+PARTS = ("unet", "vae", "scheduler", "image_encoder")
 PROJECTIONS = {"cc_projection": "projection", "clip_camera_projection": "proj"}
 """Names of the pose projection in the two published conversions to diffusers, and of its linear layer."""
 TRAINING_FOV_RAD = 2 * math.atan(32 / 2 / 35)
@@ -86,6 +87,15 @@ def clip_input(rgb: Float[Tensor, "n 3 height width"], size: int) -> Float[Tenso
     return (rgb - mean) / std
 
 
+def check_settings(config: Zero123Config, device: torch.device) -> None:
+    """Refuse what `Zero123Guidance` would for want of a package or of files."""
+    require_diffusers()
+    weights = with_precision(config.weights, device)
+    folder = model_folder(config.model, PARTS, weights, optional=tuple(PROJECTIONS))
+    _projection_file(folder, weights)
+    find_tiny_autoencoder(weights)
+
+
 class Zero123Guidance:
     """Implements `interfaces.SplitGuidance`."""
 
@@ -95,8 +105,7 @@ class Zero123Guidance:
         weights = with_precision(config.weights, device)
         self.dtype = DTYPES[weights.precision]
         plan = choose_plan(weights.memory, device)
-        parts = ("unet", "vae", "scheduler", "image_encoder")
-        folder = model_folder(config.model, parts, weights, optional=tuple(PROJECTIONS))
+        folder = model_folder(config.model, PARTS, weights, optional=tuple(PROJECTIONS))
         self.license = license_of(config.model, folder)
         # Imported once the model is known to be there; its files are read meanwhile.
         from diffusers import UNet2DConditionModel
@@ -196,12 +205,8 @@ def load_projection(folder: Path, weights: WeightsConfig) -> nn.Linear:
     Raises:
         GuidanceError: The model has no such component, or it does not take four pose numbers.
     """
-    files = list_files(folder)
-    found = {name: weight_files(files, name, weights) for name in PROJECTIONS}
-    name = next((name for name in PROJECTIONS if found[name]), None)
-    if name is None:
-        raise GuidanceError(f"{folder} has no {' or '.join(PROJECTIONS)}: it is not a Zero123 in diffusers layout")
-    state = _read_state(folder / found[name][0])
+    name, file = _projection_file(folder, weights)
+    state = _read_state(file)
     layer = PROJECTIONS[name]
     weight, bias = state.get(f"{layer}.weight"), state.get(f"{layer}.bias")
     if weight is None or bias is None or weight.dim() != 2 or weight.shape[1] != weight.shape[0] + 4:
@@ -211,6 +216,15 @@ def load_projection(folder: Path, weights: WeightsConfig) -> nn.Linear:
     projection = nn.Linear(weight.shape[1], weight.shape[0])
     projection.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return projection.requires_grad_(False)
+
+
+def _projection_file(folder: Path, weights: WeightsConfig) -> tuple[str, Path]:
+    """Name and weights of the component that holds the pose projection."""
+    files = list_files(folder)
+    for name in PROJECTIONS:
+        if found := weight_files(files, name, weights):
+            return name, folder / found[0]
+    raise GuidanceError(f"{folder} has no {' or '.join(PROJECTIONS)}: it is not a Zero123 in diffusers layout")
 
 
 def _read_state(file: Path) -> dict[str, Any]:
