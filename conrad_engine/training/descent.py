@@ -48,23 +48,23 @@ class Descent:
     def __init__(self, net: nn.Module, workers: Workers, ema_decay: float, with_muon: bool, log: Path) -> None:
         """Take the network, the same in all processes; the first one notes what happens in `log`, a line of JSON each."""
         self.workers, self.device, self.ema_decay, self.log = workers, workers.device, ema_decay, log
+        on_gpu = self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
+        if on_gpu:
+            torch.cuda.set_stream(self.stream)
         for module in net.modules():
             if type(module) is nn.GroupNorm:
                 module.__class__ = RowGroupNorm
         self.net = net.to(self.device).to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.parameters, self.averages = list(self.net.parameters()), list(self.ema.parameters())
-        on_gpu = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
-        if on_gpu:
-            torch.cuda.set_stream(self.stream)
         inner, rest = [], []
         for name, p in self.net.named_parameters():
             (inner if with_muon and is_for_muon(name, p) else rest).append(p)
-        self.rate = torch.zeros((), device=self.device)
+        rate = torch.zeros((), device=self.device)
         fast = {"fused": True, "capturable": True} if on_gpu else {}
-        adam = torch.optim.AdamW(rest, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, **fast)
-        self.optimizers = [adam, Muon(inner, lr=self.rate, weight_decay=0.01)] if inner else [adam]
+        adam = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, **fast)
+        self.optimizers = [adam, Muon(inner, lr=rate, weight_decay=0.01)] if inner else [adam]
         # All gradients lie in one buffer, so averaging over processes and clipping are single calls.
         self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
         offset = 0
