@@ -28,7 +28,9 @@ from .config import (
     HALF_BOX,
     REFERENCE_EXTENT,
     EmbeddedPriorConfig,
+    MixtureConfig,
     PipelineConfig,
+    StableDiffusionConfig,
     to_json,
 )
 from .constraint import ConstrainedField, ReferenceView, reference_view
@@ -42,7 +44,6 @@ from .finish import Finished, finish
 from .guidance import check_priors, import_libraries, make_guidance, make_likeness
 from .guidance.embedded.prior import EmbeddedPrior
 from .guidance.interfaces import Priors, ReferencePicture, ViewSampler
-from .guidance.textual_inversion import learns_word, with_learned_word
 from .mesh.glb import load_mesh, load_writer
 from .mesh.mesh import Mesh
 from .mesh.occupancy import signed_distance_grid
@@ -328,10 +329,15 @@ def _priors(
     reference = ReferencePicture(picture, frame.condition, is_known, config.prompt, frame.object_size)
     settings = config.guidance
     check_priors(settings, config.clip, config.prompt, device)
-    if learns_word(settings):
-        _wait_for(imports, monitor)
-        report = lambda step, loss: _learning_step(step, loss, monitor)  # noqa: E731
-        settings, reference = with_learned_word(settings, reference, device, folder, config.seed, is_resumed, report)
+    if isinstance(settings, StableDiffusionConfig | MixtureConfig):
+        from .guidance.textual_inversion import learns_word, with_learned_word
+
+        if learns_word(settings):
+            _wait_for(imports, monitor)
+            report = lambda step, loss: _learning_step(step, loss, monitor)  # noqa: E731
+            settings, reference = with_learned_word(
+                settings, reference, device, folder, config.seed, is_resumed, report
+            )
 
     def read() -> Priors:
         _wait_for(imports, monitor)
