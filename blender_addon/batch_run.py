@@ -16,7 +16,7 @@ import bpy
 from . import background, batch, batch_request, importer, link, pictures, preferences, requests, scene_tools
 from .jobs import Job
 from .protocol import Cancel, Fetch
-from .session import with_result_wanted
+from .session import is_whole, with_result_wanted
 
 IN_FLIGHT = 3
 """Jobs the engine has at once: enough to keep it busy, few enough to cancel."""
@@ -288,6 +288,8 @@ def _follow(item: batch.Item) -> None:
 def _take_result(item: batch.Item, job: Job) -> None:
     assert current is not None
     session = link.session()
+    if job.problem:
+        return _fail(item, job.problem)
     if current.output == "GLB":
         key = (job.id, GLB)
         if key not in session.file_takers and job.id not in _being_written:
@@ -297,10 +299,7 @@ def _take_result(item: batch.Item, job: Job) -> None:
         return
     if not job.wants_import:
         return with_result_wanted(session, job)
-    if job.problem:
-        return _fail(item, job.problem)
-    is_whole = job.result is not None and (job.texture or "texture.png" not in job.state.parts)
-    if is_whole and not scene_tools.is_busy():
+    if is_whole(job) and not scene_tools.is_busy():
         _bring_in(item, job)
 
 

@@ -18,7 +18,7 @@ from . import background, importer, preferences, scene_tools
 from .engine_state import Event, is_changed
 from .jobs import Job, JobTable
 from .launcher import Launcher
-from .session import Session, with_result_wanted
+from .session import Session, is_whole, with_result_wanted
 
 BUSY_S, WATCHING_S, IDLE_S = 0.1, 0.04, 0.5
 
@@ -132,10 +132,7 @@ def _import_waiting() -> None:
     """Import what has arrived, one result a round, when the user's hands are off."""
     assert _session is not None
     for job in list(_session.table.jobs.values()):
-        is_whole = job.result is not None and (
-            job.texture or "texture.png" not in (job.state.parts if job.state else ())
-        )
-        if job.wants_import and is_whole and job.notes.kind != "batch" and not scene_tools.is_busy():
+        if job.wants_import and is_whole(job) and job.notes.kind != "batch" and not scene_tools.is_busy():
             return bring_in(job, scene_tools.scene_now())
 
 

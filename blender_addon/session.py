@@ -44,6 +44,7 @@ from .protocol import (
     ProtocolError,
     Result,
     ResultFile,
+    SetPreview,
     Shutdown,
     Status,
     Submit,
@@ -53,6 +54,9 @@ from .protocol import (
 FIND_FOR_S = 2.0
 """How long an engine that another program started is given to answer before an own one is started."""
 READ_BUDGET_S = 0.004
+NOT_AGAIN = (Submit, ListJobs, SetPreview, FreeMemory, Shutdown)
+"""What the next engine is not asked for an engine that is gone: jobs are kept by themselves, the rest was worth something
+then."""
 TEXTURE, THUMBNAIL, CONFIG, CAMERA = "texture.png", "thumbnail.png", "config.json", "camera.json"
 
 
@@ -154,6 +158,7 @@ class Session:
             except EngineUnavailable:
                 pass
         self._drop_client()
+        self._give_up()
         if self.launcher.is_running and self.launcher.child is not None:
             self.launcher.child.terminate()
 
@@ -231,6 +236,7 @@ class Session:
             if self.client.state == REFUSED:
                 self._drop_client()
                 self.wants_engine = False
+                self._give_up()
         words = (self.state, self.state_line())
         if words != self._last_words:
             self._last_words = words
@@ -251,7 +257,7 @@ class Session:
                 self.wants_engine = False
                 self.problem = self.launcher.crash_report(1).splitlines()[0]
             if not self.wants_engine:
-                self._queue.clear()
+                self._give_up()
 
     def _connect(self, now: float) -> None:
         """Find an engine that runs, or start one, if one is wanted."""
@@ -325,11 +331,18 @@ class Session:
             self._take_error(Error("input", f"This cannot be sent: {error}"), request)
 
     def _drop_client(self) -> None:
+        """Close the connection; what has no answer yet, such as a result on its way, the next engine is asked."""
         if self.client is not None:
             self.client.close()
             self.client = None
         self.is_listed = False
+        self._queue[:0] = [request for request in self._asked.values() if not isinstance(request, NOT_AGAIN)]
         self._asked.clear()
+
+    def _give_up(self) -> None:
+        """No engine is wanted any more, so nothing is asked of one; results that are still wanted come with the next list."""
+        self._queue.clear()
+        self.file_takers.clear()
         for job in self.table.jobs.values():
             job.fetching = 0
 
@@ -395,6 +408,9 @@ class Session:
         lost = [j for j in self.table.jobs.values() if j.is_remembered and j.state is None and j.id not in self._unsent]
         for job in lost:
             job.is_unknown = job.id not in self.client.jobs
+        for job in self.table.jobs.values():
+            if job.wants_import and job.result_number and not is_whole(job):
+                self.fetch(job)
         return [Event("job", job.id) for job in lost]
 
     def _take_result(self, result: Result) -> list[Event]:
@@ -406,9 +422,7 @@ class Session:
 
     def _arrived(self, job: Job) -> list[Event]:
         """The event of a result that is here with everything that belongs to it."""
-        needs_texture = job.state is not None and TEXTURE in job.state.parts
-        is_whole = job.result is not None and (job.texture or not needs_texture)
-        return [Event("result", job.id)] if is_whole and job.wants_import else []
+        return [Event("result", job.id)] if job.wants_import and is_whole(job) else []
 
     def _take_file(self, file: ResultFile) -> list[Event]:
         job = self.table.jobs.get(file.job)
@@ -463,6 +477,12 @@ def _read_setup(data: bytes) -> dict:
     except ValueError:
         return {}
     return setup if is_setup(setup) else {}
+
+
+def is_whole(job: Job) -> bool:
+    """Whether a result has arrived with everything that belongs to it."""
+    needs_texture = job.state is not None and TEXTURE in job.state.parts
+    return job.result is not None and bool(job.texture or not needs_texture)
 
 
 def with_result_wanted(session: Session, job: Job) -> None:

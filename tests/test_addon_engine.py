@@ -20,7 +20,7 @@ from blender_addon.child import CANNOT_RUN, Child, clean_environment, tail
 from blender_addon.engine_state import EngineSettings, State, options_of
 from blender_addon.jobs import JobTable, Notes
 from blender_addon.launcher import MAX_FAILURES, CannotStart, Launcher
-from blender_addon.protocol import Cancel, GuessElevation, Keep, Resume
+from blender_addon.protocol import Cancel, Fetch, GuessElevation, Keep, Resume
 from blender_addon.session import Session, with_result_wanted
 from tests.engine_process import ROOT, WITHIN_S, picture, running, toy_job
 
@@ -397,8 +397,8 @@ def test_an_elevation_is_asked_for_and_an_engine_at_work_says_so(tmp_path):
         session.end()
 
 
-def test_a_killed_engine_loses_no_job(tmp_path, monkeypatch):
-    """The engine found first is killed; the session starts its own on the same folder and the job goes on."""
+def own_session(tmp_path: Path, monkeypatch) -> Session:
+    """One that starts engines with a toy pipeline, without the pause between them."""
     monkeypatch.setattr("blender_addon.launcher.MIN_PAUSE_S", 0.2)
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -408,8 +408,12 @@ def test_a_killed_engine_loses_no_job(tmp_path, monkeypatch):
         "data = sys.argv[sys.argv.index('--data') + 1]\n"
         "serve(Options(Path(data), devices=('cpu',), pipeline='tests.toy_pipeline', life=Life(int(sys.argv[6]), None)))"
     )
-    python = script(tmp_path / "python", code)
-    session = make_session(tmp_path / "blender", tmp_path / "data", python)
+    return make_session(tmp_path / "blender", tmp_path / "data", script(tmp_path / "python", code))
+
+
+def test_a_killed_engine_loses_no_job(tmp_path, monkeypatch):
+    """The engine found first is killed; the session starts its own on the same folder and the job goes on."""
+    session = own_session(tmp_path, monkeypatch)
     request = toy_job(300, '{"delay_s": 0.01}')
     job = session.submit(request, Notes(request.job))
     poll_until(session, lambda: job.progress is not None and job.progress.step > 30)
@@ -421,6 +425,32 @@ def test_a_killed_engine_loses_no_job(tmp_path, monkeypatch):
     session.stop()
     poll_until(session, lambda: not session.launcher.is_running)
     assert session.state is State.STOPPED
+    session.end()
+
+
+@pytest.mark.parametrize("is_wanted_again", [True, False])
+def test_an_engine_killed_with_a_result_on_its_way_loses_no_result(tmp_path, monkeypatch, is_wanted_again):
+    """The killed engine leaves its connection file, so the next requests go to nobody first; they reach the one after it."""
+    session = own_session(tmp_path, monkeypatch)
+    request = toy_job(5)
+    job = session.submit(request, Notes(request.job))
+    poll_until(session, lambda: job.state_name == "done")
+    session.launcher.child.process.kill()
+    with_result_wanted(session, job)
+    if is_wanted_again:
+        # Asked for before anyone knows that it is gone; the next one is asked again.
+        session.launcher.child.process.wait()
+        session.poll()
+        session.want(by_person=True)
+    else:
+        # Nothing is running, so no engine is started; whoever wants one later gets what was wanted.
+        poll_until(session, lambda: not session.launcher.is_running)
+        assert not session.wants_engine and not session._queue and job.wants_import
+        session.want(by_person=True)
+    taken = []
+    session.file_takers[job.id, "mesh.glb"] = taken.append
+    session.ask(Fetch(job.id, "mesh.glb"))
+    poll_until(session, lambda: job.result is not None and taken)
     session.end()
 
 

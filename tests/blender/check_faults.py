@@ -23,6 +23,13 @@ def kill_engine() -> None:
         child.process.kill()
 
 
+def kill_engine_at_the_end() -> None:
+    """The result is there and on its way."""
+    job = list(table().jobs.values())[-1]
+    pump_until(lambda: job.state_name == "done")
+    kill_engine()
+
+
 def reload_file() -> None:
     bpy.ops.wm.open_mainfile(filepath=sys.argv[3] + "/faults.blend")
 
@@ -61,7 +68,7 @@ def disable_and_enable() -> None:
     addon_utils.enable("bl_ext.user_default.conrad")
 
 
-BLOWS = (kill_engine, reload_file, new_file, undo, delete_picture, delete_camera)
+BLOWS = (kill_engine, kill_engine_at_the_end, reload_file, new_file, undo, delete_picture, delete_camera)
 
 
 def one_round(blow, wait_s: float, number: int) -> None:  # noqa: ANN001
