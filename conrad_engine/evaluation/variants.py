@@ -39,6 +39,7 @@ _ALL = [
         "known_depth", "the true depth given, known-depth form", {"constraint.kind": "known_depth"}, gives_depth=True
     ),
     Variant("no_sds", "sampled views fitted, no score distillation", {"optimize.n_steps": 0}),
+    Variant("no_detail", "no detail drawn on the texture", {"mesh.detail_views": 0}),
     Variant("no_warm_start", "score distillation from the start", {"optimize.warm_start_views": 0}),
     Variant("degraded", "blurred, noisy, compressed picture, ragged mask", picture="picture_degraded.png"),
     Variant("photo", "composited over a photo, no mask given", picture="picture_photo.png"),
