@@ -251,9 +251,8 @@ class Session:
             self._open(self.launcher.announcement)
         elif what == "ended":
             self._drop_client()
-            if self.launcher.exit_code is None:
-                self.wants_engine = False
-            elif not self.table.active:
+            # One that was asked to stop is wanted again only by what came after that.
+            if self.launcher.exit_code is not None and not self.table.active:
                 self.wants_engine = False
                 self.problem = self.launcher.crash_report(1).splitlines()[0]
             if not self.wants_engine:

@@ -454,6 +454,19 @@ def test_an_engine_killed_with_a_result_on_its_way_loses_no_result(tmp_path, mon
     session.end()
 
 
+def test_a_job_sent_while_the_engine_stops_goes_to_the_next_one(tmp_path, monkeypatch):
+    session = own_session(tmp_path, monkeypatch)
+    session.want(by_person=True)
+    poll_until(session, lambda: session.is_connected)
+    first = session.launcher.child.process
+    session.stop()
+    request = toy_job(5)
+    job = session.submit(request, Notes(request.job))
+    poll_until(session, lambda: job.state_name == "done")
+    assert first.poll() is not None and session.launcher.child.process is not first
+    session.end()
+
+
 def test_without_an_engine_the_session_says_so(tmp_path):
     session = make_session(tmp_path, None)
     session.want(by_person=True)
