@@ -224,8 +224,6 @@ class Session:
             # One that was removed meanwhile is not sent after all.
             self._unsent.update({job: kept[job] for job in kept if job in self.table.jobs})
         self._poll_process(now)
-        if self._kept is None:
-            self._connect(now)
         if self.client is not None:
             try:
                 messages = self.client.poll(budget_s=READ_BUDGET_S)
@@ -237,6 +235,9 @@ class Session:
                 self._drop_client()
                 self.wants_engine = False
                 self._give_up()
+        # After reading: Blender may have stood still for longer than an engine may be silent.
+        if self._kept is None:
+            self._connect(now)
         words = (self.state, self.state_line())
         if words != self._last_words:
             self._last_words = words

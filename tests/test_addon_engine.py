@@ -20,7 +20,7 @@ from blender_addon.child import CANNOT_RUN, Child, clean_environment, tail
 from blender_addon.engine_state import EngineSettings, State, options_of
 from blender_addon.jobs import JobTable, Notes
 from blender_addon.launcher import MAX_FAILURES, CannotStart, Launcher
-from blender_addon.protocol import Cancel, Fetch, GuessElevation, Keep, Resume
+from blender_addon.protocol import NOT_RESPONDING, Cancel, Fetch, GuessElevation, Keep, ListJobs, Resume
 from blender_addon.session import Session, with_result_wanted
 from tests.engine_process import ROOT, WITHIN_S, picture, running, toy_job
 
@@ -490,6 +490,21 @@ def test_two_blenders_share_an_engine(tmp_path):
         second.stop()
         assert second.client is None and engine.process.poll() is None, "another program's engine is not stopped"
         first.end()
+
+
+def test_an_engine_is_not_taken_for_gone_because_blender_stood_still(tmp_path):
+    with running(tmp_path / "data") as engine:
+        session = make_session(tmp_path / "blender", engine.folder)
+        session.want()
+        poll_until(session, lambda: session.is_connected)
+        client = session.client
+        client.send(ListJobs())
+        time.sleep(0.5)  # the answer is there, and nobody has read it
+        client._heard_s -= 60
+        assert client.state == NOT_RESPONDING
+        session.poll()
+        assert session.client is client and session.is_connected and not session.launcher.is_running
+        session.end()
 
 
 def test_a_remote_engine_needs_its_keys(tmp_path):
