@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -100,6 +101,15 @@ def picture(width: int = 8, height: int = 6) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), (200, 100, 50)).save(buffer, "png")
     return buffer.getvalue()
+
+
+def script(path: Path, body: str) -> str:
+    """An executable that Python code stands behind; it gets the arguments an interpreter would."""
+    code = path.with_suffix(".code.py")
+    code.write_text(body)
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{code}" "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
 
 
 def toy_job(steps: int = 20, behavior: str = "{}", **fields) -> Submit:
