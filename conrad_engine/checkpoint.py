@@ -31,8 +31,10 @@ def fingerprint(parts: Iterable[bytes]) -> str:
 
 def _shape(config: PipelineConfig) -> dict:
     """The settings that decide the shapes inside a checkpoint."""
+    field = asdict(config.field_)
+    del field["fused_heads"]  # only says how they are computed
     return {
-        "field": asdict(config.field_),
+        "field": field,
         "occupancy": config.render.occupancy_resolution,
         "depth": config.constraint.depth_size,
     }
@@ -69,6 +71,7 @@ def load_checkpoint(folder: Path, state: State, config: PipelineConfig, inputs: 
         raise InputError(f"{path} has version {version}, this program writes version {CHECKPOINT_VERSION}; {advice}")
     if content["inputs"] != inputs:
         raise InputError(f"{path} belongs to another picture, mask, camera or start mesh; {advice}")
+    content["shape"]["field"].pop("fused_heads", None)  # written by earlier versions
     if content["shape"] != _shape(config):
         raise InputError(f"{path} was made with other field settings or another preset; {advice}")
     state.load(content["state"])

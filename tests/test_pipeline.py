@@ -256,6 +256,15 @@ def test_checkpoint_of_another_picture_is_refused(tmp_path):
         pipeline.generate(toy_job(picture=other), tmp_path)
 
 
+def test_a_checkpoint_goes_on_with_the_same_field_computed_in_another_way(tmp_path):
+    with pytest.raises(Cancelled):
+        pipeline.generate(toy_job(), tmp_path, CancelAt(2))
+    other = {"field.fused_heads": not toy_job().config.field_.fused_heads}
+    assert pipeline.generate(toy_job(settings=other), tmp_path).glb.is_file()
+    with pytest.raises(InputError, match="other field settings"):
+        pipeline.generate(toy_job(settings={"field.resolution": 20}), tmp_path)
+
+
 def fill_disk(monkeypatch, suffix: str) -> None:
     """There is no room for files of this kind any more."""
     from conrad_engine import files

@@ -7,6 +7,8 @@ layout, the tiny autoencoder's defaults).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +57,23 @@ def _diffusers() -> Any:
     return diffusers
 
 
+@contextmanager
+def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Networks come into being there and so: single precision on the way would take twice the memory of a job."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def make_unet(model: LatentModel, device: torch.device, dtype: torch.dtype, is_small: bool) -> Any:
     """The UNet; `is_small` makes a tiny one of the same structure."""
     # Diffusers calls the number of heads `attention_head_dim` in these two families' configurations.
     head_dim = 8 if is_small else model.head_dim
-    with torch.device(device):
+    with _made_on(device, dtype):
         unet = _diffusers().UNet2DConditionModel(
             sample_size=model.picture_size // 8,
             in_channels=model.in_channels,
@@ -72,12 +86,12 @@ def make_unet(model: LatentModel, device: torch.device, dtype: torch.dtype, is_s
             attention_head_dim=head_dim,
             use_linear_projection=model.uses_linear,
         )
-    return unet.to(dtype).eval().requires_grad_(False)
+    return unet.eval().requires_grad_(False)
 
 
 def make_autoencoder(device: torch.device, dtype: torch.dtype, is_small: bool) -> Any:
     """Stable Diffusion's autoencoder; Zero123 uses the same."""
-    with torch.device(device):
+    with _made_on(device, dtype):
         vae = _diffusers().AutoencoderKL(
             in_channels=3,
             out_channels=3,
@@ -89,13 +103,13 @@ def make_autoencoder(device: torch.device, dtype: torch.dtype, is_small: bool) -
             up_block_types=("UpDecoderBlock2D",) * 4,
             sample_size=512,
         )
-    return vae.to(dtype).eval().requires_grad_(False)
+    return vae.eval().requires_grad_(False)
 
 
 def make_tiny_autoencoder(device: torch.device, dtype: torch.dtype) -> Any:
-    with torch.device(device):
+    with _made_on(device, dtype):
         tiny = _diffusers().AutoencoderTiny()
-    return tiny.to(dtype).eval().requires_grad_(False)
+    return tiny.eval().requires_grad_(False)
 
 
 class Encoder(nn.Module):
