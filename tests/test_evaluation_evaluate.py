@@ -154,6 +154,9 @@ def test_a_printed_back_is_a_failure() -> None:
     assert scoring.find_failures({**row, "truth_print_through_detail": 0.7}) == []
     assert scoring.find_failures({**row, "print_through_detail": None}) == []
     assert scoring.find_failures({**row, "components": 3, "print_through_detail": 0})[0] == "3 components"
+    shown_apart = {**row, "components": 2, "picture_parts": 2, "print_through_detail": 0}
+    assert scoring.find_failures(shown_apart) == []
+    assert scoring.find_failures({**shown_apart, "components": 3}) == ["3 components"]
     assert scoring.find_failures({"n_faces": 0}) == ["no mesh"]
 
 

@@ -7,10 +7,11 @@ from conrad_engine.config import MeshConfig
 from conrad_engine.errors import MeshError
 from conrad_engine.mesh.clean import clean_mesh, decimate, keep_components, manifold_share, taubin, weld
 from conrad_engine.mesh.mesh import Mesh, vertex_normals
+from conrad_engine.mesh.outline import SurfaceView, islands
 from conrad_engine.mesh.raster import rasterize_projected
 from conrad_engine.mesh.unwrap import unwrap
 
-from .mesh_scenes import box_mesh, euler_number, sphere_mesh, volume
+from .mesh_scenes import ball, box_mesh, camera, euler_number, sphere_mesh, trace, union, volume
 
 
 def joined(*meshes: Mesh) -> Mesh:
@@ -28,6 +29,23 @@ def test_largest_parts_are_kept_and_dust_is_not():
     assert np.abs(keep_components(parts, 1).vertices).max() <= 0.5
     assert len(keep_components(parts, 2).faces) == len(sphere_mesh(0.5, 20).faces) + len(sphere_mesh(0.2, 12).faces)
     assert len(keep_components(parts, 0).faces) == len(keep_components(parts, 2).faces)
+
+
+def test_what_the_picture_shows_apart_is_kept():
+    """A lamp beside its table is a part of the picture; what hides behind the table, or is a crumb of the mask, is not."""
+    body = union(ball(0.4), ball(0.15, (0.65, 0, 0)), ball(0.02, (-0.6, 0, 0.3)))
+    mask, distances = trace(body, camera(0.0, 0.0, 512))
+    view = SurfaceView(camera(0.0, 0.0, 512), mask, distances)
+    table, lamp = sphere_mesh(0.4, 20), moved(sphere_mesh(0.15, 12), 0.65)
+    behind = Mesh(sphere_mesh(0.2, 16).vertices + np.array([0, 0.8, 0], np.float32), sphere_mesh(0.2, 16).faces)
+    crumb = Mesh(sphere_mesh(0.02, 6).vertices + np.array([-0.6, 0, 0.3], np.float32), sphere_mesh(0.02, 6).faces)
+    parts = joined(lamp, table, behind, crumb)
+    assert len(islands(mask > 0.5)) == 2
+    kept = keep_components(parts, 1, [view])
+    assert len(kept.faces) == len(table.faces) + len(lamp.faces)
+    assert kept.vertices[:, 0].max() > 0.75 and kept.vertices[:, 1].max() < 0.5
+    assert len(keep_components(parts, 1).faces) == len(table.faces), "nothing tells without a picture"
+    assert len(clean_mesh(parts, MeshConfig(), [view]).faces) == len(kept.faces)
 
 
 def test_weld_joins_corners_and_drops_empty_faces():

@@ -12,6 +12,7 @@ from scipy.ndimage import binary_erosion
 from ..errors import InputError
 from ..mesh.glb import read_textured
 from ..mesh.mesh import TexturedMesh
+from ..mesh.outline import islands
 from . import metrics
 from .geometry import shape_scores, topology
 from .renders import render, render_with_depth
@@ -61,6 +62,7 @@ def score_mesh(mesh: TexturedMesh | None, truth: SuiteObject, picture: Path | No
         `novel_*`: mean over the novel views, `rear_*`: over those more than 130 degrees of azimuth away (see
         `metrics.view_scores`; `*_perceptual` where LPIPS is at hand); `detail`: gradient energy of the rear views
         against the truth's, with both energies; `reference_*`: the picture's own view at its own resolution;
+        `picture_parts`: parts of its silhouette that do not touch, which as many parts of the mesh may show;
         `print_through*` and the truth's own; shape and soundness (`geometry`); `views`: every view's scores;
         `failures`: names of what went wrong.
     """
@@ -122,6 +124,7 @@ def _reference_scores(mesh: TexturedMesh | None, truth: SuiteObject, picture_pat
         "reference_psnr_common": metrics.psnr(ours[..., :3], picture[..., :3], mask & own_mask),
         "reference_ssim": metrics.ssim(metrics.on_white(ours), metrics.on_white(expected)),
         "reference_iou": metrics.mask_iou(own_mask, mask),
+        "picture_parts": len(islands(mask)),
     }
 
 
@@ -140,7 +143,7 @@ def find_failures(row: Row) -> list[str]:
     failures = []
     if not row.get("n_faces"):
         return ["no mesh"]
-    if (row.get("components") or 0) > 1:
+    if (row.get("components") or 0) > (row.get("picture_parts") or 1):
         failures.append(f"{row['components']} components")
     printed, own = row.get("print_through_detail"), row.get("truth_print_through_detail") or 0.0
     if printed is not None and printed > max(PRINTED_DETAIL, own + PRINTED_EXCESS):

@@ -13,10 +13,13 @@ from scipy.sparse.csgraph import connected_components
 from ..config import MeshConfig
 from ..errors import MeshError
 from .mesh import Mesh
-from .outline import SurfaceView, fit_outline
+from .outline import SurfaceView, fit_outline, islands, silhouette
+from .raster import rasterize
 
 DUST_FACES, DUST_DIAGONAL = 0.01, 0.05
 """Parts with a smaller share of the faces or of the diagonal are dust."""
+SILHOUETTE = 512
+"""Pixels along the longer side of the silhouettes in which parts are looked for."""
 SMOOTHING_ROUNDS = 4
 TAUBIN_IN, TAUBIN_OUT = 0.5, -0.53
 """Taubin (SIGGRAPH 95): a shrinking and a growing step remove stair-steps without shrinking the whole."""
@@ -31,11 +34,11 @@ def clean_mesh(mesh: Mesh, config: MeshConfig, views: Sequence[SurfaceView] = ()
     Raises:
         MeshError: Nothing is left.
     """
-    mesh = keep_components(weld(mesh), config.max_components)
+    mesh = keep_components(weld(mesh), config.max_components, views)
     mesh = taubin(mesh, SMOOTHING_ROUNDS)
     mesh = decimate(mesh, config.n_faces)
     # Decimation may cut a thin bridge.
-    mesh = keep_components(mesh, config.max_components)
+    mesh = keep_components(mesh, config.max_components, views)
     if len(mesh.faces) < 4:
         raise MeshError("nothing is left of the surface after cleaning; try another seed or mesh.max_components=0")
     return fit_outline(mesh, list(views))
@@ -67,14 +70,21 @@ def face_components(faces: np.ndarray, n_vertices: int) -> Int[np.ndarray, " n_f
     return connected_components(graph, directed=False)[1][faces[:, 0]] if len(faces) else np.zeros(0, int)
 
 
-def keep_components(mesh: Mesh, n_kept: int) -> Mesh:
-    """The largest connected parts, by faces; with 0, all parts but dust."""
+def keep_components(mesh: Mesh, n_kept: int, views: Sequence[SurfaceView] = ()) -> Mesh:
+    """The largest connected parts, by faces; with 0, all parts but dust.
+
+    Besides them, what a picture shows apart from everything else: a silhouette's island that the kept parts leave uncovered
+    keeps the part that covers most of it.
+    """
     labels = face_components(mesh.faces, len(mesh.vertices))
     if not len(labels):
         return mesh
     counts = np.bincount(labels)
     if n_kept > 0:
-        kept = np.argsort(-counts, kind="stable")[:n_kept]
+        order = np.argsort(-counts, kind="stable")
+        is_kept = np.isin(np.arange(len(counts)), order[:n_kept])
+        for view in views:
+            _keep_islands(is_kept, mesh, labels, view)
     else:
         diagonal = np.linalg.norm(np.ptp(mesh.vertices, axis=0))
         sizes = [
@@ -83,8 +93,21 @@ def keep_components(mesh: Mesh, n_kept: int) -> Mesh:
         ]
         is_kept = (counts >= DUST_FACES * len(labels)) & (np.array(sizes) >= DUST_DIAGONAL * diagonal)
         is_kept[np.argmax(counts)] = True
-        kept = np.flatnonzero(is_kept)
-    return compact(Mesh(mesh.vertices, mesh.faces[np.isin(labels, kept)]))
+    return compact(Mesh(mesh.vertices, mesh.faces[is_kept[labels]]))
+
+
+def _keep_islands(is_kept: np.ndarray, mesh: Mesh, labels: np.ndarray, view: SurfaceView) -> None:
+    """Mark, in place, the parts without which an island of the view's silhouette would be lost."""
+    camera, mask = view.resized(SILHOUETTE)
+    parts = islands(mask > 0.5)
+    if len(parts) < 2:
+        return
+    faces = rasterize(mesh.vertices, mesh.faces, camera).faces
+    seen = np.where(faces >= 0, labels[faces], -1)
+    covered, _ = silhouette(Mesh(mesh.vertices, mesh.faces[is_kept[labels]]), view, SILHOUETTE)
+    for island in parts:
+        if covered[island].mean() < 0.5 and (candidates := seen[island & (seen >= 0)]).size:
+            is_kept[np.bincount(candidates).argmax()] = True
 
 
 def taubin(mesh: Mesh, n_rounds: int) -> Mesh:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter
+from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter, label
 from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import spsolve
 from torch import Tensor
@@ -26,6 +26,8 @@ FADE_CELLS, INWARD_FADE_CELLS = 8.0, 2.0
 """Distance from the outline, in cells, over which a correction fades; the second one where it takes away."""
 FIT_PIXELS, FIT_CELL_PX, N_FIT_ROUNDS = 1024, 1.5, 2
 """The last correction of a mesh: pixels along the silhouettes' longer side, its unit in these pixels, repetitions."""
+ISLAND = 0.01
+"""Least share of a silhouette that counts as a part of its own."""
 HINT_PX = 60.0
 """Distance over which a hint overrules what a continued map comes from."""
 
@@ -54,6 +56,14 @@ def silhouette(mesh: Mesh, view: SurfaceView, longest: int) -> tuple[np.ndarray,
     """Pixels that the mesh covers, and the view's soft mask, both with `longest` pixels along the longer side."""
     camera, mask = view.resized(longest)
     return rasterize(mesh.vertices, mesh.faces, camera).faces >= 0, mask
+
+
+def islands(mask: Bool[np.ndarray, "h w"]) -> list[Bool[np.ndarray, "h w"]]:
+    """The parts of a silhouette that do not touch each other, largest first; the largest always, others but for crumbs."""
+    labels, n_labels = label(mask, np.ones((3, 3)))
+    counts = np.bincount(labels.ravel(), minlength=n_labels + 1)[1:]
+    order = np.argsort(-counts, kind="stable")
+    return [labels == k + 1 for i, k in enumerate(order) if i == 0 or counts[k] >= ISLAND * mask.sum()]
 
 
 def resized_nearest(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
