@@ -100,6 +100,21 @@ def test_no_seam_where_the_photo_ends():
     assert back[128, 128, 0] == pytest.approx(0.5, abs=0.03), "far from the seam the field keeps its color"
 
 
+def test_a_rim_of_the_photo_is_not_drawn_out():
+    """What goes on past the photo's end is what lies inside of an outline or a highlight there, a few pixels wide."""
+    mesh, view = sphere_mesh(0.5), camera(0.0, 0.0, 512)
+    inside = (rasterize(mesh.vertices, mesh.faces, view).faces >= 0).astype(np.float32)
+    v, u = np.mgrid[:512, :512] - 255.5
+    radii = np.hypot(u, v) / np.sqrt(inside.sum() / np.pi)
+    rgb = np.where(radii[..., None] > 0.975, [0.95, 0.5, 0.1], [0.6, 0.5, 0.4]).astype(np.float32)
+    textured = bake_texture(unwrap(mesh, CONFIG), plain(), [Photo(view, rgb, inside)], CONFIG)
+    rim = (radii > 0.98) & (radii < 0.99)
+    assert np.abs(render_mesh(textured, view)[rim, :3] - rgb[rim]).mean() < 0.02, "its own view still shows it"
+    side = render_mesh(textured, camera(90.0, 0.0, 256))[128, 60:196, 0]
+    assert 0 < (side > 0.65).sum() < 28, "drawn out as far as the field is shifted it has 36"
+    assert np.abs(np.diff(side))[45:].max() < 0.1, "it ends without a seam"
+
+
 def test_hidden_surface_takes_nothing_of_what_hides_it():
     plate = Mesh(
         np.array(

@@ -27,6 +27,11 @@ Z_BUFFER = 1024
 """Pixels along the longer side of the visibility test."""
 FACING_BAND = 0.06
 """Cosine range over which the photo fades in above `MeshConfig.facing_min`."""
+TRUSTED = 0.1, 0.3
+"""Cosines between which a photo's colors begin to be continued past its end: where the surface turns away, they are those of an
+outline or a highlight, some pixels wide, and would be drawn out into patches."""
+RIM_FADE = 0.03
+"""Distance over which such a rim's colors fade, as a part of the mesh's size."""
 JUMP_PX = 20.0
 """A step in depth of more than this many pixels from one to the next is no slope: something stands in front."""
 STREAK = 0.02
@@ -152,9 +157,14 @@ def _change_at_texels(
     """What is added to the field's color at points of faces (n, 3), so that it continues the photos; see `blend`."""
     corners = mesh.vertices[mesh.faces]
     spacing = float(np.median(lengths(corners[:, 1] - corners[:, 0])))
-    photo, seen = seen_by_photos(mesh, mesh.vertices, mesh.normals, photos, config, spacing)
+    visible = [visibility(mesh, mesh.vertices, mesh.normals, view, config) for view in photos]
+    photo, seen = _mixed([view.rgb for view in photos], photos, visible, len(mesh.vertices), spacing)
     if not seen.any():
         return np.zeros_like(field)
+    trusted = np.zeros_like(seen)
+    for view, (weight, _) in zip(photos, visible):
+        facing = _facing(mesh.vertices, mesh.normals, view.camera)
+        trusted = np.maximum(trusted, weight * _smooth_step(facing, *TRUSTED))
     own = _field_colors(mesh.vertices, color)
     # A color equal to the photo's, where the photo hardly sees, is the photo drawn out along its rays.
     streaks = np.zeros(len(own), bool)
@@ -162,7 +172,8 @@ def _change_at_texels(
         uv, z_depths = _project(view.camera, mesh.vertices)
         streaks |= (np.abs(sample_picture(view.rgb, uv, 1.0) - own).max(1) < STREAK) & (z_depths > 0)
     known = 1.0 - streaks
-    colors = complete_colors(mesh.vertices, mesh.faces, photo, seen, own, known)
+    colors = complete_colors(mesh.vertices, mesh.faces, photo, trusted, own, known)
+    colors = complete_colors(mesh.vertices, mesh.faces, photo, seen, colors, np.ones_like(known), RIM_FADE)
     # Vertices tell the smooth part; the field's finer detail stays where it is the field's own.
     kept = known * (1 - seen)
     at_vertices = np.concatenate([colors - kept[:, None] * own, kept[:, None]], 1)
@@ -257,9 +268,7 @@ def visibility(
     farthest = maximum_filter(buffer, 3)
     column = np.clip((uv[:, 0] * scale).astype(np.int64), 0, small.width - 1)
     row = np.clip((uv[:, 1] * scale).astype(np.int64), 0, small.height - 1)
-    toward = (camera.positions.numpy() - positions).astype(np.float32)
-    toward /= lengths(toward)[:, None]
-    facing = dots(normals, toward)
+    facing = _facing(positions, normals, camera)
     slope = 1 / np.clip(facing, 0.15, 1)
     is_seen = (z_depths <= farthest[row, column] + 1.5 * pixel * z_depths * slope) & (z_depths > 0)
     for side, limit in zip(uv.T, (camera.width, camera.height)):
@@ -270,9 +279,19 @@ def visibility(
     band = max(1.0, config.band_px / 8 * z_buffer / 512)
     clearance = distance_transform_edt(~is_far_side) if is_far_side.any() else np.full(buffer.shape, band)
     ramp = np.clip(clearance[row, column] / band, 0, 1)
-    fade = np.clip((facing - config.facing_min) / FACING_BAND, 0, 1)
-    weight = is_seen * ramp * fade * fade * (3 - 2 * fade)
+    weight = is_seen * ramp * _smooth_step(facing, config.facing_min, config.facing_min + FACING_BAND)
     return weight.astype(np.float32), uv
+
+
+def _facing(positions: np.ndarray, normals: np.ndarray, camera: Camera) -> np.ndarray:
+    """Cosines (n,) of the angles between normals and the direction to the camera."""
+    toward = (camera.positions.double().cpu().numpy() - positions).astype(np.float32)
+    return dots(normals, toward / lengths(toward)[:, None])
+
+
+def _smooth_step(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    t = np.clip((x - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
 
 
 def sample_picture(rgb: np.ndarray, uv: np.ndarray, footprint: float) -> np.ndarray:

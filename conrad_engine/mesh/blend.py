@@ -32,12 +32,14 @@ def complete_colors(
     seen: Float[np.ndarray, " n"],
     field: Float[np.ndarray, "n 3"],
     known: Float[np.ndarray, " n"],
+    fade: float = SEAM_FADE,
 ) -> Float[np.ndarray, "n 3"]:
     """One color per vertex; vertices at the same place get the same.
 
     Args:
         photo, seen: The photos' colors, and how well they see each vertex, 0 to 1.
         field, known: The field's colors, and how far they are its own, 0 to 1.
+        fade: Distance over which the field's shift fades, as a part of the mesh's size.
     """
     _, first, place = np.unique(vertices, axis=0, return_index=True, return_inverse=True)
     place = place.reshape(-1)
@@ -52,7 +54,7 @@ def complete_colors(
     strength = strength / (1 + (jump / TRUE_EDGE) ** 4)
     extent = float(np.ptp(vertices, axis=0).max())
     to_photo = SEEN_PULL * seen**2
-    to_field = own[:, 0] * areas / (SEAM_FADE * extent) ** 2 + 1e-6
+    to_field = own[:, 0] * areas / (fade * extent) ** 2 + 1e-6
     n = len(first)
     rows, columns = np.concatenate([a, b]), np.concatenate([b, a])
     links = coo_matrix((np.concatenate([strength, strength]), (rows, columns)), shape=(n, n)).tocsc()
