@@ -260,7 +260,7 @@ class MeshConfig:
     guidance was; 0 leaves the texture as the field has it. Not with `project_only`, nor where the picture is only a loss."""
     detail_steps: int = 8
     """Denoising steps of each of these views."""
-    detail_temperature: float = 0.95
+    detail_temperature: float = 1.0
     """Width of the noise that they start from, 0 to 1: 1 draws the most detail, and the most that is not there."""
     detail_weights: str = ""
     """Path of other weights of the detail model; the shipped ones when empty."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conrad_engine.guidance.frozen_encoder import FrozenConv2d, PlainAttention, PlainResidual, rewrite_encoder
-from conrad_engine.guidance.fused_norms import FusedGroupNorm, fuse_norms
+from conrad_engine.guidance.fused_norms import FusedGroupNorm, TimedResidual, fuse_norms
 
 from .triton_interpreter import runnable_kernels
 
@@ -67,20 +67,22 @@ def kernels() -> Iterator[ModuleType]:
         yield module
 
 
+@pytest.mark.parametrize("n_shifts", [1, 2])
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shape", [(2, 40, 5, 7), (1, 64, 24, 23)], ids=["ten channels a group", "several chunks"])
+@pytest.mark.parametrize("shape", [(2, 40, 5, 7), (2, 64, 24, 23)], ids=["ten channels a group", "several chunks"])
 def test_group_norm_equals_the_library(
-    kernels: ModuleType, shape: tuple[int, ...], silu: bool, monkeypatch: pytest.MonkeyPatch
+    kernels: ModuleType, shape: tuple[int, ...], silu: bool, n_shifts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "TILE", 1024)
     monkeypatch.setattr(kernels, "MAX_CHUNKS", 4)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(shape, generator=generator) * 2 + 1).to(device).contiguous(memory_format=torch.channels_last)
-    weight, bias, shift = (torch.randn(shape[1], generator=generator).to(device) for _ in range(3))
+    weight, bias = (torch.randn(shape[1], generator=generator).to(device) for _ in range(2))
+    shift = torch.randn(n_shifts, shape[1], generator=generator).to(device)
     gradient = torch.randn(shape, generator=generator).to(device)
     expected_x, actual_x = x.double().requires_grad_(), x.clone().requires_grad_()
-    expected = F.group_norm(expected_x + shift.double()[:, None, None], 4, weight.double(), bias.double(), 1e-5)
+    expected = F.group_norm(expected_x + shift.double()[..., None, None], 4, weight.double(), bias.double(), 1e-5)
     expected = F.silu(expected) if silu else expected
     expected.backward(gradient.double())
     actual = kernels.group_norm(actual_x, weight, bias, 4, 1e-5, silu, shift)
@@ -109,24 +111,74 @@ def test_fused_norms_leave_the_encoder_as_it_was(autoencoder) -> None:
         assert float((one - other).norm().detach() / other.norm().detach()) < 1e-5
 
 
-def test_fused_norms_leave_the_unet_as_it_was() -> None:
+def make_unet(**changes) -> torch.nn.Module:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=8,
-    )
-    unet.eval().requires_grad_(False)
+    settings = {
+        "sample_size": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 8,
+    }
+    return diffusers.UNet2DConditionModel(**settings | changes).eval().requires_grad_(False)
+
+
+UNETS = {
+    "as it comes": {},
+    "linear projections": {"use_linear_projection": True},
+    "activated once": {"resnet_skip_time_act": True},
+    "scaled by the time": {"resnet_time_scale_shift": "scale_shift"},
+    "divided": {"mid_block_scale_factor": 2.0},
+}
+each_unet = pytest.mark.parametrize("changes", UNETS.values(), ids=UNETS.keys())
+
+
+@each_unet
+def test_fused_norms_leave_the_unet_as_it_was(changes: dict) -> None:
+    unet = make_unet(**changes)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([20, 700]), torch.randn(2, 3, 16)
     expected = unet(*inputs).sample
     fuse_norms(unet)
     assert True in fused_norms(unet) and False in fused_norms(unet)
+    n_timed = sum(isinstance(module, TimedResidual) for module in unet.modules())
+    assert n_timed == (0 if "resnet_time_scale_shift" in changes else 6 if "mid_block_scale_factor" in changes else 8)
     torch.testing.assert_close(unet(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(module, torch.nn.GroupNorm) for module in unet.modules())
+
+
+@each_unet
+def test_norms_find_the_layout_that_their_kernel_reads(changes: dict) -> None:
+    unet, n_found, n_others = make_unet(**changes).to(memory_format=torch.channels_last), 0, 0
+    fuse_norms(unet)
+
+    def look(module: torch.nn.Module, inputs: tuple) -> None:
+        nonlocal n_found, n_others
+        is_found = inputs[0].is_contiguous(memory_format=torch.channels_last)
+        n_found, n_others = n_found + is_found, n_others + (not is_found)
+
+    for module in unet.modules():
+        if isinstance(module, FusedGroupNorm):
+            module.register_forward_pre_hook(look)
+    pictures = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    unet(pictures, torch.tensor([20, 700]), torch.randn(2, 3, 16))
+    assert n_others == 0 and n_found > 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_unet
+def test_the_unet_is_the_same_on_a_gpu(changes: dict) -> None:
+    unet = make_unet(**changes).cuda()
+    inputs = torch.randn(2, 4, 8, 8).cuda(), torch.tensor([20, 700]).cuda(), torch.randn(2, 3, 16).cuda()
+    expected = unet(*inputs).sample
+    unet = unet.half().to(memory_format=torch.channels_last)
+    fuse_norms(unet)
+    turned = inputs[0].half().contiguous(memory_format=torch.channels_last)
+    actual = unet(turned, inputs[1], inputs[2].half()).sample
+    assert float((actual.float() - expected).norm() / expected.norm()) < 2e-2
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..guidance.embedded.prior import fast_precision
 from ..guidance.frozen_encoder import rewrite_encoder
-from ..guidance.fused_norms import fuse_norms
+from ..guidance.fused_norms import fuse_norms, keep_layout
 from .ceilings import Ceilings, count_flop
 from .networks import (
     SD21,
@@ -103,6 +103,7 @@ def _unet(report: Report, ceilings: Ceilings, model: LatentModel, compiles: bool
     expected = plain()
     report.time("plain", plain, floor_ms)
     report.time("plain, captured", plain, floor_ms, is_captured=True)
+    keep_layout(unet)
     variants = [("channels last", unet.to(memory_format=torch.channels_last))]
     variants.append(("channels last, fused norms", copy.deepcopy(unet)))
     fuse_norms(variants[-1][1])

@@ -76,11 +76,7 @@ class PlainResidual(nn.Module):
         super().__init__()
         self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
         self.nonlinearity, self.conv_shortcut = block.nonlinearity, block.conv_shortcut
-        shortcut = self.conv_shortcut
-        if shortcut is not None and shortcut.bias is not None and self.conv2.bias is not None:
-            # Both results are added, and each bias is a pass over memory.
-            shortcut.bias = nn.Parameter(shortcut.bias.detach() + self.conv2.bias.detach(), requires_grad=False)
-            self.conv2.bias = None
+        merge_last_biases(self)
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -96,6 +92,14 @@ class PlainResidual(nn.Module):
         h = self.conv1(self.nonlinearity(self.norm1(x)))
         h = self.conv2(self.nonlinearity(self.norm2(h)))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+def merge_last_biases(block: Any) -> None:
+    """One bias in place of two, for a residual block's second convolution and its shortcut: their results are added."""
+    shortcut = block.conv_shortcut
+    if shortcut is not None and shortcut.bias is not None and block.conv2.bias is not None:
+        shortcut.bias = nn.Parameter(shortcut.bias.detach() + block.conv2.bias.detach(), requires_grad=False)
+        block.conv2.bias = None
 
 
 def rewrite_encoder(vae: Any) -> None:

@@ -7,7 +7,8 @@ picture and gradient twice and writes once.
 Constants of the compiler are only what loads and tiles need. Pixels, rounds and chunks are arguments that it is told nothing
 about: a Zero123 job has 42 kernels, at 0.2 s each, where it had 70 when every shape of a layer was a constant.
 
-The picture is x + s, s being the bias of the convolution before it, whose own addition would be a pass over memory.
+The picture is x + s, s being the bias of the convolution before it and, in a UNet, the time's embedding, which differs from
+picture to picture: their own addition would be a pass over memory.
 With u = w x̂ + b, x̂ = (x + s - mean) / std over a group's channels and all pixels, y = SiLU(u), and g = w dL/du:
 dL/dx = (g - ⟨g⟩ - x̂ ⟨g x̂⟩) / std, ⟨⟩ being the mean over the group.
 """
@@ -37,14 +38,14 @@ def _tile(rows, columns, n_pixels, first, N_CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _shifted(x_ptr, shift_ptr, offsets, exists, columns, N_CHANNELS: tl.constexpr):
+def _shifted(x_ptr, shift_ptr, shift_step, picture, offsets, exists, columns, N_CHANNELS: tl.constexpr):
     """x + s of a tile, 0 outside of the picture."""
-    shift = tl.load(shift_ptr + columns, mask=columns < N_CHANNELS, other=0.0).to(tl.float32)[None, :]
-    return tl.where(exists, tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32) + shift, 0.0)
+    shift = tl.load(shift_ptr + picture * shift_step + columns, mask=columns < N_CHANNELS, other=0.0)[None, :]
+    return tl.where(exists, tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32) + shift.to(tl.float32), 0.0)
 
 
 @triton.jit
-def _normalised(x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, picture, offsets, exists, columns,
+def _normalised(x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, shift_step, picture, offsets, exists, columns,
                 N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr):  # fmt: skip
     """x̂, u, w and 1/std of a tile."""
     is_channel = columns < N_CHANNELS
@@ -53,13 +54,13 @@ def _normalised(x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, picture, offs
     inverse = tl.load(stats_ptr + 2 * group + 1, mask=is_channel, other=0.0)[None, :]
     weight = tl.load(weight_ptr + columns, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     bias = tl.load(bias_ptr + columns, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-    x = _shifted(x_ptr, shift_ptr, offsets, exists, columns, N_CHANNELS)
+    x = _shifted(x_ptr, shift_ptr, shift_step, picture, offsets, exists, columns, N_CHANNELS)
     normal = (x - mean) * inverse
     return normal, normal * weight + bias, weight, inverse
 
 
 @triton.jit(do_not_specialize=["n_pixels", "n_rounds"])
-def _sums(x_ptr, gradient_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, sums_ptr, n_pixels, n_rounds,
+def _sums(x_ptr, gradient_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, shift_step, sums_ptr, n_pixels, n_rounds,
           N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
           SILU: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     """Per channel and chunk of pixels: Σx and Σx², or for the backward pass Σg and Σg x̂."""
@@ -78,6 +79,7 @@ def _sums(x_ptr, gradient_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, sums_
                 shift_ptr,
                 weight_ptr,
                 bias_ptr,
+                shift_step,
                 picture,
                 offsets,
                 exists,
@@ -92,7 +94,7 @@ def _sums(x_ptr, gradient_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, sums_
             one += g
             two += g * normal
         else:
-            x = _shifted(x_ptr, shift_ptr, offsets, exists, columns, N_CHANNELS)
+            x = _shifted(x_ptr, shift_ptr, shift_step, picture, offsets, exists, columns, N_CHANNELS)
             one += x
             two += x * x
     target = sums_ptr + (picture * tl.num_programs(0) + chunk) * 2 * N_CHANNELS + columns
@@ -125,7 +127,7 @@ def _statistics(sums_ptr, stats_ptr, n_chunks, count, epsilon, N_CHANNELS: tl.co
 
 
 @triton.jit(do_not_specialize=["n_pixels"])
-def _apply(x_ptr, gradient_ptr, stats_ptr, means_ptr, shift_ptr, weight_ptr, bias_ptr, out_ptr, n_pixels,
+def _apply(x_ptr, gradient_ptr, stats_ptr, means_ptr, shift_ptr, weight_ptr, bias_ptr, shift_step, out_ptr, n_pixels,
            N_CHANNELS: tl.constexpr, IN_GROUP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
            SILU: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     """y of a tile, or for the backward pass dL/dx."""
@@ -134,7 +136,18 @@ def _apply(x_ptr, gradient_ptr, stats_ptr, means_ptr, shift_ptr, weight_ptr, bia
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets, exists = _tile(rows, columns, n_pixels, picture * n_pixels, N_CHANNELS)
     normal, u, weight, inverse = _normalised(
-        x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, picture, offsets, exists, columns, N_CHANNELS, IN_GROUP
+        x_ptr,
+        stats_ptr,
+        shift_ptr,
+        weight_ptr,
+        bias_ptr,
+        shift_step,
+        picture,
+        offsets,
+        exists,
+        columns,
+        N_CHANNELS,
+        IN_GROUP,
     )
     value = u
     if BACKWARD:
@@ -175,6 +188,10 @@ class _Launch:
         chunks = triton.cdiv(n_tiles, rounds)
         return _Launch(n, height * width, n_channels, n_groups, columns, rows, rounds, chunks)
 
+    def step(self, shift: Tensor) -> int:
+        """From a picture's shift to the next one's: one may be all pictures'."""
+        return self.n_channels if len(shift) > 1 else 0
+
     @property
     def in_group(self) -> int:
         return self.n_channels // self.n_groups
@@ -183,7 +200,7 @@ class _Launch:
                    epsilon: float, is_backward: bool) -> Float[Tensor, "n groups 2"]:  # fmt: skip
         sums = torch.empty(self.n, self.n_chunks, 2, self.n_channels, device=x.device)
         _sums[self.n_chunks, self.n](
-            x, gradient, stats, *vectors, sums, self.n_pixels, self.rounds, N_CHANNELS=self.n_channels,
+            x, gradient, stats, *vectors, self.step(vectors[0]), sums, self.n_pixels, self.rounds, N_CHANNELS=self.n_channels,
             IN_GROUP=self.in_group, COLUMNS=self.columns, ROWS=self.rows, SILU=silu and is_backward, BACKWARD=is_backward,
         )  # fmt: skip
         found = torch.empty(self.n, self.n_groups, 2, device=x.device)
@@ -198,7 +215,7 @@ class _Launch:
               silu: bool, is_backward: bool) -> Tensor:  # fmt: skip
         out = torch.empty_like(x)
         _apply[triton.cdiv(self.n_pixels, self.rows), self.n](
-            x, gradient, stats, means, *vectors, out, self.n_pixels, N_CHANNELS=self.n_channels,
+            x, gradient, stats, means, *vectors, self.step(vectors[0]), out, self.n_pixels, N_CHANNELS=self.n_channels,
             IN_GROUP=self.in_group, COLUMNS=self.columns, ROWS=self.rows, SILU=silu, BACKWARD=is_backward,
         )  # fmt: skip
         return out
@@ -231,7 +248,7 @@ def group_norm(
     n_groups: int,
     epsilon: float,
     silu: bool,
-    shift: Float[Tensor, " c"],
+    shift: Float[Tensor, "m c"],
 ) -> Float[Tensor, "n c h w"]:
     """Group norm, then SiLU if asked for; differentiable once, to `x` alone.
 
@@ -241,6 +258,6 @@ def group_norm(
         n_groups: Divides the channels.
         epsilon: Added to the variance.
         silu: Whether SiLU follows.
-        shift: A constant added to `x` first.
+        shift: Constants added to `x` first: one for all pictures, or one for each.
     """
-    return _GroupNorm.apply(x, shift, weight, bias, n_groups, epsilon, silu)
+    return _GroupNorm.apply(x, shift.contiguous(), weight, bias, n_groups, epsilon, silu)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import WeightsConfig
 from ..model_files import DTYPES, is_xl, load_component, model_folder
 from .frozen_encoder import rewrite_encoder
-from .fused_norms import fuse_norms
+from .fused_norms import fuse_norms, keep_layout
 from .memory import MemoryPlan
 
 Pictures = Float[Tensor, "n 3 height width"]
@@ -74,6 +74,7 @@ def make_fast(network: Any, compiles: bool = False) -> None:
     network.to(memory_format=torch.channels_last)
     if compiles:  # fuses the norms itself
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "conrad" / "compiled"))
+        keep_layout(network)
         network.compile(dynamic=False)
     else:
         fuse_norms(network)
