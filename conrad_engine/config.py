@@ -169,9 +169,9 @@ class OptimizeConfig:
     warm_start_views: int = 12
     """Views sampled jointly from the embedded prior, whatever the guidance is, and fitted first; 0 starts with score
     distillation."""
-    warm_start_sampling: int = 20
+    warm_start_sampling: int = 12
     """Denoising steps of these views."""
-    warm_start_drafts: int = 2
+    warm_start_drafts: int = 4
     """Draws of noise that agree on their layout first: with more of them the object is likelier, and it takes longer."""
     warm_start_temperature: float = 0.8
     """Width of that noise, 0 to 1: below 1 the object is likelier, too, and plainer."""
@@ -309,7 +309,7 @@ PRESETS: dict[str, PipelineConfig] = {
     "draft": _preset(
         "draft",
         OptimizeConfig(
-            warm_start_views=8, warm_start_sampling=12, warm_start_drafts=1, warm_start_steps=80, n_steps=80, n_views=1
+            warm_start_views=8, warm_start_sampling=8, warm_start_drafts=2, warm_start_steps=80, n_steps=80, n_views=1
         ),
         FieldConfig(resolution=64, coarsest=8),
         MeshConfig(resolution=128, n_faces=20_000, texture_size=1024, detail_views=5),
@@ -319,8 +319,8 @@ PRESETS: dict[str, PipelineConfig] = {
         "fine",
         OptimizeConfig(
             warm_start_views=16,
-            warm_start_sampling=32,
-            warm_start_drafts=4,
+            warm_start_sampling=20,
+            warm_start_drafts=8,
             warm_start_steps=250,
             n_steps=500,
             n_views=4,

@@ -17,7 +17,7 @@ from conrad_engine.config import MeshConfig
 from conrad_engine.errors import Cancelled, GuidanceError, InputError
 from conrad_engine.evaluation import metrics
 from conrad_engine.guidance.embedded import detail
-from conrad_engine.guidance.embedded.unet import ViewPrior
+from conrad_engine.guidance.embedded.unet import ViewPrior, alpha_sigma
 from conrad_engine.guidance.embedded.weights import to_bytes as prior_bytes
 from conrad_engine.guidance.interfaces import ReferencePicture
 from conrad_engine.mesh.bake import Photo, bake_texture
@@ -79,6 +79,32 @@ def test_samples_keep_what_is_final_and_the_silhouette(size):
     assert torch.equal(drawn[:, :3][~is_open], view[:, :3][~is_open])
     assert torch.equal(drawn[:, 3], view[:, 3])
     assert (drawn[:, :3][is_open] != view[:, :3][is_open]).float().mean() > 0.9
+
+
+def test_sampling_follows_the_exact_path_more_closely_than_a_first_order_one(monkeypatch):
+    """Residuals of a normal distribution, whose denoiser is known, end at `width` times the noise they start from."""
+    width, model = 0.5, conditioned()
+
+    class Denoiser:
+        def __call__(self, noisy, t, views, cameras):
+            a, s = alpha_sigma(t)
+            clean = a * width**2 * noisy / (a * a * width**2 + s * s)
+            return (a * noisy - clean) / s  # v = a ε - s x where the noisy one is a x + s ε
+
+        def reset(self):
+            """Nothing is captured."""
+
+    model._graphed = Denoiser()
+    gray = torch.cat([torch.zeros(2, 3, 32, 32), torch.ones(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)], 1)
+    exact = width * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for n_steps, is_first_order in ((8, False), (8, True), (12, True)):
+        with monkeypatch.context() as patch:
+            if is_first_order:
+                patch.setattr(detail, "extrapolation", lambda step, n: 0.0)
+            drawn = model.sample(gray, CAMERAS, n_steps, torch.Generator().manual_seed(1))
+        errors.append(float((drawn[:, :3] / detail.RESIDUAL_SCALE - exact).norm() / exact.norm()))
+    assert errors[0] < 0.5 * errors[1] and errors[0] < errors[2] < errors[1], errors
 
 
 def test_sampling_is_repeatable_and_knows_noise_camera_and_reference():

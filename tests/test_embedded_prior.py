@@ -17,7 +17,7 @@ from conrad_engine.cameras import Camera, orbit_camera
 from conrad_engine.config import HALF_FRAME, EmbeddedPriorConfig
 from conrad_engine.errors import Cancelled, GuidanceError
 from conrad_engine.guidance.embedded.prior import EmbeddedPrior, camera_rows
-from conrad_engine.guidance.embedded.sampling import ConditionedPrior
+from conrad_engine.guidance.embedded.sampling import ConditionedPrior, extrapolation
 from conrad_engine.guidance.embedded.unet import ARCHITECTURE, Group, Reference, ViewPrior, alpha_sigma, ray_directions
 from conrad_engine.guidance.embedded.weights import load, load_for_use, shipped_path, to_bytes
 from conrad_engine.guidance.interfaces import ReferencePicture
@@ -157,15 +157,34 @@ def test_drafts_share_their_mean_first_and_the_first_goes_on_alone(config):
     drawn = prior.sample_views(cameras, n_steps, scale=1.0, generator=seeded(), n_drafts=2, temperature=0.5)
     drafts = 0.5 * torch.randn(2, 2, 4, 64, 64, generator=seeded())
     rows = camera_rows(cameras)
-    for time, later, n in ((1.0, 0.75, 2), (0.75, 0.5, 2), (0.5, 0.25, 1), (0.25, 0.0, 1)):  # alone from 0.6 on
+    mean = torch.zeros(())
+    # Alone from 0.6 on. From 0.5 to 0.25 ln cot(πt/2) grows as much as it did before: half of the last change is added.
+    for time, later, n, half in ((1.0, 0.75, 2, 0), (0.75, 0.5, 2, 0), (0.5, 0.25, 1, 0.5), (0.25, 0.0, 1, 0)):
         (alpha, sigma), (next_alpha, next_sigma) = (alpha_sigma(torch.tensor([t])) for t in (time, later))
         t = torch.full((2,), time)
         cleans = [prior._conditioned.denoised(x, t, rows, scale=1.0, is_joint=True) for x in drafts[:n]]
-        mean = sum(cleans) / n
+        mean, before = sum(cleans) / n, mean
+        push = half * (mean - before)
+        pairs = zip(drafts, cleans)
         drafts = torch.stack(
-            [next_alpha * mean + next_sigma * (x - alpha * clean) / sigma for x, clean in zip(drafts, cleans)]
+            [next_alpha * (mean + push) + next_sigma * (x - alpha * (c + push)) / sigma for x, c in pairs]
         )
     assert torch.allclose(drawn, (mean + 1) / 2, atol=1e-4)
+
+
+def test_a_step_is_that_of_dpm_solver_plus_plus():
+    """arXiv:2211.01095, Algorithm 2, for a clean picture that changes evenly with λ = ln(α / σ)."""
+    n_steps, step = 10, 6
+    (a0, s0), (a1, s1), (a2, s2) = (
+        alpha_sigma(torch.tensor([1 - k / n_steps]).double()) for k in (step - 1, step, step + 1)
+    )
+    before, now, noisy = torch.tensor(0.2).double(), torch.tensor(0.3).double(), torch.tensor(0.7).double()
+    h, earlier = (a2 / s2).log() - (a1 / s1).log(), (a1 / s1).log() - (a0 / s0).log()
+    r = earlier / h
+    expected = s2 / s1 * noisy - a2 * ((-h).exp() - 1) * ((1 + 1 / (2 * r)) * now - before / (2 * r))
+    ahead = now + extrapolation(step, n_steps) * (now - before)
+    torch.testing.assert_close(a2 * ahead + s2 * (noisy - a1 * ahead) / s1, expected)
+    assert extrapolation(0, 8) == extrapolation(1, 8) == extrapolation(7, 8) == 0, "λ is infinite at both ends"
 
 
 def test_one_draft_is_the_plain_sample(config):

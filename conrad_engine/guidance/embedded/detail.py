@@ -24,7 +24,7 @@ from ...cameras import Camera
 from ...graphs import GraphedStep
 from ..interfaces import ReferencePicture
 from .prior import camera_rows, fast_precision, resized
-from .sampling import channels_last
+from .sampling import channels_last, extrapolation
 from .unet import N_RAY_FEATURES as N_RAYS
 from .unet import Attention, Group, Layout, ResBlock, Tokens, alpha_sigma, enlarged, ray_features, time_features
 from .weights import DETAIL, filled, packed, read, shipped_path, stated_widths
@@ -191,7 +191,7 @@ class ConditionedDetail:
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
     ) -> Float[Tensor, "b 4 h h"]:
-        """Views with detail: DDIM (arXiv:2010.02502) without added noise, steps uniform in t.
+        """Views with detail, drawn as `sampling.ConditionedPrior.sample` does, from one draft.
 
         Final colors, silhouettes and what is outside of them come back as they are.
 
@@ -202,7 +202,7 @@ class ConditionedDetail:
         source = views.device if generator is None else generator.device
         x = temperature * torch.randn(views[:, :3].shape, generator=generator, device=source).to(views.device)
         is_open, blurred, alpha = open_pixels(views), views[:, :3], views[:, 3:4]
-        clean = torch.zeros_like(x)
+        clean = before = torch.zeros_like(x)
         if views.shape != self._shape:
             self._graphed.reset()
             self._shape = views.shape
@@ -213,9 +213,10 @@ class ConditionedDetail:
             v = self._graphed(x, t, views, cameras)
             sharp = blurred + RESIDUAL_SCALE * (a * x - s * v)
             # A premultiplied color lies between empty and its alpha.
-            clean = (torch.minimum(sharp.clamp(min=-1), alpha) - blurred) * is_open / RESIDUAL_SCALE
-            noise = (x - a * clean) / s
-            x = math.cos(then * math.pi / 2) * clean + math.sin(then * math.pi / 2) * noise
+            clean, before = (torch.minimum(sharp.clamp(min=-1), alpha) - blurred) * is_open / RESIDUAL_SCALE, clean
+            ahead = clean + extrapolation(step, n_steps) * (clean - before)
+            noise = (x - a * ahead) / s
+            x = math.cos(then * math.pi / 2) * ahead + math.sin(then * math.pi / 2) * noise
         return torch.cat([blurred + RESIDUAL_SCALE * clean, alpha], 1)
 
 

@@ -19,6 +19,16 @@ def channels_last(pictures: Tensor) -> Tensor:
     return pictures.contiguous(memory_format=torch.channels_last)
 
 
+def extrapolation(step: int, n_steps: int) -> float:
+    """How far the line through the last two clean pictures is followed: h / 2h' of arXiv:2211.01095, Algorithm 2, with the
+    logarithmic signal-to-noise ratio λ = ln cot(πt/2) of steps uniform in t. At both ends of the time λ is infinite, and the
+    step of first order, DDIM's."""
+    if step < 2 or step == n_steps - 1:
+        return 0.0
+    before, now, then = (-math.log(math.tan((1 - k / n_steps) * math.pi / 2)) for k in (step - 1, step, step + 1))
+    return (then - now) / (now - before) / 2
+
+
 class ConditionedPrior:
     """The network with the tokens of its reference pictures, computed once, with and without the picture."""
 
@@ -81,7 +91,8 @@ class ConditionedPrior:
         n_drafts: int = 1,
         temperature: float = 1.0,
     ) -> Float[Tensor, "b 4 h w"]:
-        """Pictures in [-1, 1] from noise: DDIM (arXiv:2010.02502) without added noise, steps uniform in t.
+        """Pictures in [-1, 1] from noise: DPM-Solver++(2M) (arXiv:2211.01095, Algorithm 2), steps uniform in t. Ten or
+        twelve do what DDIM does in twenty.
 
         One draw of noise is one guess at what the picture does not show, and as far from the truth as any. Down to
         `AGREED_UNTIL` several drafts take the mean of what they denoise to, so that the layout is the middle of their guesses;
@@ -97,7 +108,7 @@ class ConditionedPrior:
         source = cameras.device if generator is None else generator.device
         shape = n_drafts, len(cameras), 4, size, size
         drafts = torch.randn(shape, generator=generator, device=source).to(cameras.device) * temperature
-        clean = drafts[0]
+        clean = before = drafts[0]
         for step in range(n_steps):
             time = 1 - step / n_steps
             now, then = (math.pi / 2 * (1 - k / n_steps) for k in (step, step + 1))
@@ -105,9 +116,10 @@ class ConditionedPrior:
                 drafts = drafts[:1]
             t = torch.full_like(cameras[:, 0], time)
             cleans = torch.stack([self.denoised(draft, t, cameras, scale, is_joint) for draft in drafts])
-            noises = (drafts - math.cos(now) * cleans) / math.sin(now)
-            clean = cleans.mean(0)
-            drafts = math.cos(then) * clean + math.sin(then) * noises
+            clean, before = cleans.mean(0), clean
+            push = extrapolation(step, n_steps) * (clean - before)
+            noises = (drafts - math.cos(now) * (cleans + push)) / math.sin(now)
+            drafts = math.cos(then) * (clean + push) + math.sin(then) * noises
             if on_step is not None:
                 on_step(step + 1)
         return clean
