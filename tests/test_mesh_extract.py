@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import binary_erosion
 
 from conrad_engine.config import MeshConfig
 from conrad_engine.errors import MeshError
@@ -70,6 +71,18 @@ def test_part_that_the_field_lacks_grows_out_of_the_surface():
     assert kept.vertices[:, 2].max() > 0.66
     tip = kept.vertices[kept.vertices[:, 2] > 0.5]
     assert np.ptp(tip[:, 1]) < 0.25, "the rod is a rod and no wall along the rays"
+
+
+def test_a_break_in_a_rung_is_a_missing_part_and_a_rim_is_none():
+    v, u = np.mgrid[:200, :300]
+    seat, rung = np.hypot(u - 60, v - 100) < 40, (np.abs(v - 100) <= 3) & (u > 60) & (u < 280)
+    mask = seat | rung
+    covered = binary_erosion(mask, iterations=2)  # a rim of two pixels is open everywhere
+    assert not extract._open_part(covered, mask).any()
+    break_ = (u >= 180) & (u < 187)
+    found = extract._open_part(covered & ~break_, mask)
+    assert found[mask & break_].all(), "seven pixels are missing in a rung as thick"
+    assert not found[np.abs(u - 183) > 16].any(), "the rim far from it is left alone"
 
 
 def test_looking_only_near_the_surface_changes_no_bit(monkeypatch):

@@ -57,6 +57,8 @@ N_OUTLINE_ROUNDS = 2
 """Times that the outline is bent towards the masks; the second one corrects what perspective and overlaps left."""
 RIM_PX = 5
 """A gap no wider than this, at `SILHOUETTE`, is the outline's error and no missing part."""
+BREAK_SHARE, BREAK_PIXELS = 0.8, 12
+"""Unless it is as thick as this share of the mask beside it, and as large: then something thin is broken there."""
 CHUNK = 1 << 20
 SHEET_CELLS, MAX_BODY_CELLS = 1.2, 5.0
 """Half thickness, in cells, of what fills missing parts: marching cubes still sees the least one."""
@@ -271,14 +273,19 @@ def _with_missing_parts(
 
 
 def _open_part(covered: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Pixels of the mask's parts that the surface misses, with a margin to join them to it; a mere rim is none."""
+    """Pixels of the mask's parts that the surface misses, with a margin to join them to it; a mere rim is none.
+
+    A rim is thin, and thinner than the mask is beside it. A break in a rung is as thick as the rung.
+    """
     if not covered.any():
         return binary_dilation(mask, iterations=RIM_PX)
     parts, _ = label(mask & ~covered)
     far_out, deep = distance_transform_edt(~covered), distance_transform_edt(mask)
     wide = np.unique(parts[(parts > 0) & ((far_out > RIM_PX) | (deep > RIM_PX))])
-    missing = np.isin(parts, wide)
-    return binary_dilation(missing, iterations=RIM_PX) if len(wide) else missing
+    is_break = (deep >= BREAK_SHARE * maximum_filter(deep, 2 * RIM_PX + 1)) & (deep > 1)
+    is_break &= (parts > 0) & (np.bincount(parts.ravel()) >= BREAK_PIXELS)[parts]
+    missing = np.isin(parts, wide) | (binary_dilation(is_break, iterations=RIM_PX) & (parts > 0))
+    return binary_dilation(missing, iterations=RIM_PX) if missing.any() else missing
 
 
 def _body(
