@@ -78,9 +78,10 @@ def test_a_break_in_a_rung_is_a_missing_part_and_a_rim_is_none():
     seat, rung = np.hypot(u - 60, v - 100) < 40, (np.abs(v - 100) <= 3) & (u > 60) & (u < 280)
     mask = seat | rung
     covered = binary_erosion(mask, iterations=2)  # a rim of two pixels is open everywhere
-    assert not extract._open_part(covered, mask).any()
+    assert not extract._open_part(covered, mask, with_breaks=True).any()
     break_ = (u >= 180) & (u < 187)
-    found = extract._open_part(covered & ~break_, mask)
+    assert not extract._open_part(covered & ~break_, mask, with_breaks=False).any()
+    found = extract._open_part(covered & ~break_, mask, with_breaks=True)
     assert found[mask & break_].all(), "seven pixels are missing in a rung as thick"
     assert not found[np.abs(u - 183) > 16].any(), "the rim far from it is left alone"
 

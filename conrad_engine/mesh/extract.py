@@ -256,7 +256,8 @@ def _with_missing_parts(
     camera, soft = view.resized(SILHOUETTE)
     for candidate in chain(weaker, [None]):
         front = rasterize(mesh.vertices, mesh.faces, camera).z_depths
-        open_part = _open_part(front > 0, soft > 0.5)
+        # Slices of a weaker level set would leave frays where only a bit is missing.
+        open_part = _open_part(front > 0, soft > 0.5, with_breaks=candidate is None)
         if not open_part.any():
             break
         log.info("the surface leaves %.1f %% of a silhouette open", 100 * open_part.sum() / (soft > 0.5).sum())
@@ -272,19 +273,21 @@ def _with_missing_parts(
     return values, mesh
 
 
-def _open_part(covered: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _open_part(covered: np.ndarray, mask: np.ndarray, with_breaks: bool) -> np.ndarray:
     """Pixels of the mask's parts that the surface misses, with a margin to join them to it; a mere rim is none.
 
-    A rim is thin, and thinner than the mask is beside it. A break in a rung is as thick as the rung.
+    A rim is thin, and thinner than the mask is beside it. A break in a rung is as thick as the rung; those count `with_breaks`.
     """
     if not covered.any():
         return binary_dilation(mask, iterations=RIM_PX)
     parts, _ = label(mask & ~covered)
     far_out, deep = distance_transform_edt(~covered), distance_transform_edt(mask)
     wide = np.unique(parts[(parts > 0) & ((far_out > RIM_PX) | (deep > RIM_PX))])
-    is_break = (deep >= BREAK_SHARE * maximum_filter(deep, 2 * RIM_PX + 1)) & (deep > 1)
-    is_break &= (parts > 0) & (np.bincount(parts.ravel()) >= BREAK_PIXELS)[parts]
-    missing = np.isin(parts, wide) | (binary_dilation(is_break, iterations=RIM_PX) & (parts > 0))
+    missing = np.isin(parts, wide)
+    if with_breaks:
+        is_break = (deep >= BREAK_SHARE * maximum_filter(deep, 2 * RIM_PX + 1)) & (deep > 1)
+        is_break &= (parts > 0) & (np.bincount(parts.ravel()) >= BREAK_PIXELS)[parts]
+        missing |= binary_dilation(is_break, iterations=RIM_PX) & (parts > 0)
     return binary_dilation(missing, iterations=RIM_PX) if missing.any() else missing
 
 
