@@ -74,19 +74,9 @@ def _sums(x_ptr, gradient_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, shift
         offsets, exists = _tile(rows, columns, n_pixels, picture * n_pixels, N_CHANNELS)
         if BACKWARD:
             normal, u, weight, _ = _normalised(
-                x_ptr,
-                stats_ptr,
-                shift_ptr,
-                weight_ptr,
-                bias_ptr,
-                shift_step,
-                picture,
-                offsets,
-                exists,
-                columns,
-                N_CHANNELS,
-                IN_GROUP,
-            )
+                x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, shift_step, picture, offsets, exists, columns,
+                N_CHANNELS, IN_GROUP,
+            )  # fmt: skip
             g = tl.load(gradient_ptr + offsets, mask=exists, other=0.0).to(tl.float32) * weight
             if SILU:
                 gate = tl.sigmoid(u)
@@ -136,19 +126,9 @@ def _apply(x_ptr, gradient_ptr, stats_ptr, means_ptr, shift_ptr, weight_ptr, bia
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets, exists = _tile(rows, columns, n_pixels, picture * n_pixels, N_CHANNELS)
     normal, u, weight, inverse = _normalised(
-        x_ptr,
-        stats_ptr,
-        shift_ptr,
-        weight_ptr,
-        bias_ptr,
-        shift_step,
-        picture,
-        offsets,
-        exists,
-        columns,
-        N_CHANNELS,
-        IN_GROUP,
-    )
+        x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, shift_step, picture, offsets, exists, columns,
+        N_CHANNELS, IN_GROUP,
+    )  # fmt: skip
     value = u
     if BACKWARD:
         value = tl.load(gradient_ptr + offsets, mask=exists, other=0.0).to(tl.float32) * weight

@@ -206,23 +206,6 @@ def surface_texels(mesh: UnwrappedMesh, size: int) -> Texels:
     return Texels(pixels, positions.astype(np.float32), normals.astype(np.float32), faces, weights, nearest)
 
 
-def seen_by_photos(
-    mesh: UnwrappedMesh,
-    positions: np.ndarray,
-    normals: np.ndarray,
-    photos: list[Photo],
-    config: MeshConfig,
-    spacing: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Colors of the photos together at surface points (n, 3), and how much they count (n,), 0 to 1.
-
-    Args:
-        spacing: Distance between the points, world units: finer detail of the photos is averaged.
-    """
-    visible = [visibility(mesh, positions, normals, photo, config) for photo in photos]
-    return _mixed([photo.rgb for photo in photos], photos, visible, len(positions), spacing)
-
-
 def _mixed(
     pictures: list[np.ndarray],
     photos: list[Photo],

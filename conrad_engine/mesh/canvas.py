@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from ..cameras import Camera
 from ..config import MeshConfig
-from .bake import Photo, as_texture, sample_picture, seen_by_photos, surface_texels, texel_length, visibility
+from .bake import Photo, as_texture, sample_picture, surface_texels, texel_length, visibility
 from .mesh import TexturedMesh, dots, lengths
 from .raster import rasterize, reduced, sample_texture
 from .unwrap import UnwrappedMesh
@@ -38,11 +38,11 @@ class Canvas:
         self.texel_length = texel_length(self.shape, self.size)
         self.before = mesh.texture.reshape(-1, 3)[self.texels.pixels].astype(np.float32) / 255
         self.colors = self.before.copy()
-        _, seen = seen_by_photos(
-            self.shape, self.texels.positions, self.texels.normals, photos, config, self.texel_length
-        )
-        # Also where a photo is already blended with the field: its camera must see no change at all.
-        self.final = (seen > 0).astype(np.float32)
+        self.final = np.zeros(len(self.colors), np.float32)
+        for photo in photos:
+            weight, _ = visibility(self.shape, self.texels.positions, self.texels.normals, photo, config)
+            # Also where a photo is already blended with the field: its camera must see no change at all.
+            self.final[weight > 0] = 1
 
     def view(self, camera: Camera) -> tuple[Float[np.ndarray, "h w 4"], Float[np.ndarray, "h w"]]:
         """What a camera sees now, straight RGBA in [0, 1], and which of its pixels are final, 0 or 1."""

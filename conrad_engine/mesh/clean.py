@@ -13,13 +13,11 @@ from scipy.sparse.csgraph import connected_components
 from ..config import MeshConfig
 from ..errors import MeshError
 from .mesh import Mesh
-from .outline import SurfaceView, fit_outline, islands, silhouette
+from .outline import SILHOUETTE, SurfaceView, fit_outline, islands, silhouette
 from .raster import rasterize
 
 DUST_FACES, DUST_DIAGONAL = 0.01, 0.05
 """Parts with a smaller share of the faces or of the diagonal are dust."""
-SILHOUETTE = 512
-"""Pixels along the longer side of the silhouettes in which parts are looked for."""
 SMOOTHING_ROUNDS = 4
 TAUBIN_IN, TAUBIN_OUT = 0.5, -0.53
 """Taubin (SIGGRAPH 95): a shrinking and a growing step remove stair-steps without shrinking the whole."""

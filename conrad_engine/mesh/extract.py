@@ -30,6 +30,7 @@ from .bridge import MAX_GAP, join_parts
 from .mesh import Mesh
 from .outline import (
     REACH_CELLS,
+    SILHOUETTE,
     SurfaceView,
     continued,
     hull_distances,
@@ -51,8 +52,6 @@ LEVEL_TOLERANCE = 0.005
 """Silhouette IoU under the best one's that still counts as equal."""
 BLIND_LEVEL = 16.0
 """The one taken where no picture says which is right."""
-SILHOUETTE = 512
-"""Pixels along the longer side of the silhouettes that are compared."""
 N_OUTLINE_ROUNDS = 2
 """Times that the outline is bent towards the masks; the second one corrects what perspective and overlaps left."""
 RIM_PX = 5

@@ -18,6 +18,8 @@ from ..cameras import Camera
 from .mesh import Mesh, vertex_normals
 from .raster import rasterize
 
+SILHOUETTE = 512
+"""Pixels along the longer side of the silhouettes in which parts are looked for and compared."""
 REACH_CELLS = 4.0
 """An outline farther off than this many cells is a missing part, not an inexact one."""
 BLUR_CELLS = 1.5
