@@ -14,6 +14,7 @@ from threading import Event
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from .cameras import Camera, CameraSetup, Similarity, orbit_angles
 from .config import MeshConfig, PipelineConfig
@@ -48,6 +49,8 @@ FIELD_POINTS = 1 << 20
 BACK_PICTURE = 256
 COLOR_REACH = 0.02
 """Distance of the neighbors whose colors are averaged, object frame: about a cell of the field."""
+N_YAWS = 16
+"""Boxes whose middles make an object's: it is not known which way it faces."""
 COLOR_OFFSETS = [(float(x), float(y), float(z)) for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1)]
 
 
@@ -109,6 +112,12 @@ def finish(
         mesh, level = surface_mesh(full, view, initial, config.mesh)
         at_stoppable("texture")
         textured = texture_mesh(full, view, mesh, config.mesh)
+        if (
+            config.mesh.centered
+            and initial is None
+            and not (prepared.depth is not None and prepared.depth_kind == "metric")
+        ):
+            textured = centered(textured, frame.camera)
         if model is not None:
             on_view = lambda index: at_stoppable(f"view {index}")  # noqa: E731
             textured = with_detail(textured, view, prepared, frame, config, model.result(), on_view)
@@ -180,6 +189,30 @@ def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config
 
 def photo_of(view: ReferenceView) -> Photo:
     return Photo(view.camera, view.rgb.permute(1, 2, 0).numpy(), view.mask[0].numpy())
+
+
+def centered(mesh: TexturedMesh, camera: Camera) -> TexturedMesh:
+    """The mesh in the object frame, scaled from the reference camera until its middle is as deep as the origin.
+
+    The picture is the same from there whatever the scale, so it says nothing of how far away its object is; the user's object
+    center does, and the prior, whose views are all of things around the origin, is not always held to it by what it drew.
+    """
+    camera = camera.to("cpu", torch.float64)
+    points = torch.from_numpy(np.stack([upright_middle(mesh.vertices), np.zeros(3)]))
+    middle, origin = camera.project(points)[1].tolist()
+    position = camera.positions.numpy()
+    vertices = position + (mesh.vertices - position) * (origin / middle)
+    return replace(mesh, vertices=vertices.astype(np.float32))
+
+
+def upright_middle(vertices: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "3"]:
+    """The mean middle of the vertices' upright bounding boxes of all directions, float64."""
+    yaws = np.arange(N_YAWS) * (math.pi / 2 / N_YAWS)
+    axes = np.stack([np.stack([np.cos(yaws), np.sin(yaws)], 1), np.stack([-np.sin(yaws), np.cos(yaws)], 1)], 1)
+    along = vertices[:, :2].astype(np.float64) @ axes.reshape(-1, 2).T
+    middles = ((along.min(0) + along.max(0)) / 2).reshape(N_YAWS, 2)
+    level = (vertices[:, 2].min() + vertices[:, 2].max()) / 2
+    return np.array([*np.einsum("yk,ykc->yc", middles, axes).mean(0), level])
 
 
 def has_detail_stage(full: ConstrainedField, config: MeshConfig) -> bool:

@@ -48,6 +48,20 @@ def test_what_the_picture_shows_apart_is_kept():
     assert len(clean_mesh(parts, MeshConfig(), [view]).faces) == len(kept.faces)
 
 
+def test_what_only_one_part_shows_of_a_silhouette_in_one_piece_is_kept():
+    """A crest that came out behind its helmet: the front would lose it. What shows a few pixels more is no part of its own."""
+    body = union(ball(0.4), ball(0.2, (0.45, 0, 0)))
+    mask, distances = trace(body, camera(0.0, 0.0, 512))
+    view = SurfaceView(camera(0.0, 0.0, 512), mask, distances)
+    helmet, crest = sphere_mesh(0.4, 20), sphere_mesh(0.21, 12)
+    crest = Mesh(crest.vertices + np.array([0.46, 0.9, 0], np.float32), crest.faces)
+    hidden = Mesh(sphere_mesh(0.2, 16).vertices + np.array([-0.22, 0.8, 0], np.float32), sphere_mesh(0.2, 16).faces)
+    kept = keep_components(joined(crest, helmet, hidden), 1, [view])
+    assert len(islands(mask > 0.5)) == 1
+    assert len(kept.faces) == len(helmet.faces) + len(crest.faces)
+    assert kept.vertices[:, 0].max() > 0.6 and kept.vertices[:, 0].min() > -0.41
+
+
 def test_weld_joins_corners_and_drops_empty_faces():
     soup = sphere_mesh(0.5, 8)
     soup = Mesh(soup.vertices[soup.faces].reshape(-1, 3), np.arange(3 * len(soup.faces), dtype=np.int32).reshape(-1, 3))

@@ -3,13 +3,14 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from conrad_engine import finish, pipeline
-from conrad_engine.cameras import CameraSetup
+from conrad_engine.cameras import CameraSetup, orbit_camera
 from conrad_engine.config import preset, with_overrides
 from conrad_engine.errors import Cancelled, InputError
 from conrad_engine.evaluation import metrics
@@ -119,6 +120,36 @@ def test_with_a_camera_the_mesh_lies_in_its_world(tmp_path):
     assert metrics.mask_iou(ours[..., 3] > 0.5, figure_rgba(192, 160)[..., 3] > 127) > 0.93
     middle = (result.mesh.vertices.min(0) + result.mesh.vertices.max(0)) / 2
     assert np.abs(middle - [10, 20, 30]).max() < 1.0
+
+
+def test_the_middle_is_brought_to_the_origins_depth_and_the_picture_stays(finished):
+    camera = orbit_camera(0.4, 0.3, 4.0, 0.6, 96).to("cpu", torch.float64)
+    away = replace(finished.mesh, vertices=(finished.mesh.vertices + [0.2, 0.5, -0.1]).astype(np.float32))
+    moved = finish.centered(away, camera)
+    points = torch.from_numpy(np.stack([finish.upright_middle(moved.vertices), np.zeros(3)]))
+    middle, origin = camera.project(points)[1].tolist()
+    assert middle == pytest.approx(origin, abs=1e-5)
+    before, after = (render_mesh(mesh, camera, 1) for mesh in (away, moved))
+    assert np.abs(before - after).mean() < 1e-3 and before[..., 3].mean() > 0.02
+    assert np.abs(moved.vertices - away.vertices).max() > 0.05, "it was somewhere else"
+
+
+def test_the_middle_of_a_box_does_not_depend_on_where_it_faces():
+    box = np.array([[x, y, z] for x in (0.0, 2.0) for y in (0.0, 0.5) for z in (-1.0, 3.0)])
+    for yaw in (0.0, 0.3, 1.0, 2.0):
+        cos, sin = math.cos(yaw), math.sin(yaw)
+        turned = box @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]]) + [5, 6, 7]
+        expected = np.array([1 * cos - 0.25 * sin, 1 * sin + 0.25 * cos, 1]) + [5, 6, 7]
+        assert np.abs(finish.upright_middle(turned) - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("is_centered", (True, False))
+def test_a_job_centers_its_mesh_unless_told_not_to(tmp_path, monkeypatch, is_centered):
+    moved = []
+    monkeypatch.setattr(finish, "centered", lambda mesh, camera: moved.append(camera) or mesh)
+    settings = {"mesh.centered": is_centered, "mesh.detail_views": 0}
+    pipeline.generate(toy_job(settings=settings), tmp_path)
+    assert len(moved) == is_centered
 
 
 class CancelAt(Monitor):

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from ..config import MeshConfig
 from ..errors import MeshError
 from .mesh import Mesh
-from .outline import SILHOUETTE, SurfaceView, fit_outline, islands, silhouette
+from .outline import ISLAND, SILHOUETTE, SurfaceView, fit_outline, silhouette
 from .raster import rasterize
 
 DUST_FACES, DUST_DIAGONAL = 0.01, 0.05
@@ -71,8 +71,8 @@ def face_components(faces: np.ndarray, n_vertices: int) -> Int[np.ndarray, " n_f
 def keep_components(mesh: Mesh, n_kept: int, views: Sequence[SurfaceView] = ()) -> Mesh:
     """The largest connected parts, by faces; with 0, all parts but dust.
 
-    Besides them, what a picture shows apart from everything else: a silhouette's island that the kept parts leave uncovered
-    keeps the part that covers most of it.
+    Besides them, what a picture needs: a part that shows `ISLAND` of a silhouette or more where no kept part does, be it an
+    island of that silhouette or a crest that came out too deep to be joined to its helmet.
     """
     labels = face_components(mesh.faces, len(mesh.vertices))
     if not len(labels):
@@ -82,7 +82,7 @@ def keep_components(mesh: Mesh, n_kept: int, views: Sequence[SurfaceView] = ()) 
         order = np.argsort(-counts, kind="stable")
         is_kept = np.isin(np.arange(len(counts)), order[:n_kept])
         for view in views:
-            _keep_islands(is_kept, mesh, labels, view)
+            _keep_shown(is_kept, mesh, labels, view)
     else:
         diagonal = np.linalg.norm(np.ptp(mesh.vertices, axis=0))
         sizes = [
@@ -94,18 +94,19 @@ def keep_components(mesh: Mesh, n_kept: int, views: Sequence[SurfaceView] = ()) 
     return compact(Mesh(mesh.vertices, mesh.faces[is_kept[labels]]))
 
 
-def _keep_islands(is_kept: np.ndarray, mesh: Mesh, labels: np.ndarray, view: SurfaceView) -> None:
-    """Mark, in place, the parts without which an island of the view's silhouette would be lost."""
-    camera, mask = view.resized(SILHOUETTE)
-    parts = islands(mask > 0.5)
-    if len(parts) < 2:
+def _keep_shown(is_kept: np.ndarray, mesh: Mesh, labels: np.ndarray, view: SurfaceView) -> None:
+    """Mark, in place, the parts without which a good piece of the view's silhouette would be lost."""
+    if is_kept.all():
         return
+    camera, mask = view.resized(SILHOUETTE)
     faces = rasterize(mesh.vertices, mesh.faces, camera).faces
-    seen = np.where(faces >= 0, labels[faces], -1)
-    covered, _ = silhouette(Mesh(mesh.vertices, mesh.faces[is_kept[labels]]), view, SILHOUETTE)
-    for island in parts:
-        if covered[island].mean() < 0.5 and (candidates := seen[island & (seen >= 0)]).size:
-            is_kept[np.bincount(candidates).argmax()] = True
+    shown = np.where((faces >= 0) & (mask > 0.5), labels[faces], -1)
+    while True:
+        covered, _ = silhouette(Mesh(mesh.vertices, mesh.faces[is_kept[labels]]), view, SILHOUETTE)
+        lost = np.bincount(shown[(shown >= 0) & ~covered], minlength=len(is_kept))
+        if lost.max() < ISLAND * (mask > 0.5).sum():
+            return
+        is_kept[lost.argmax()] = True
 
 
 def taubin(mesh: Mesh, n_rounds: int) -> Mesh:
