@@ -27,7 +27,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto (default), cuda, mps or cpu")
     parser.add_argument("--threads", type=int, default=0, help="processor threads; 0 (default) takes all cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
-    parser.add_argument("--compile", action="store_true", help="also time compiled networks (takes minutes)")
+    parser.add_argument(
+        "--compile", action="store_true", help="guidance and step: also time compiled networks (takes minutes)"
+    )
     parser.add_argument("--small", action="store_true", help="tiny sizes: tests the benchmark, not the machine")
     parser.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds a measurement (default: 3)")
     parser.add_argument("--preset", action="append", help="asset and memory: preset to run; may be repeated")
@@ -71,7 +73,7 @@ def _run(section: str, report: Report, ceilings: Ceilings | None, parsed: argpar
         case "asset":
             assets.run(report, presets, parsed.picture)
             if parsed.latent:
-                assets.run_latent(report, parsed.picture, parsed.compile)
+                assets.run_latent(report, parsed.picture)
         case "memory":
             memory.run(report)
             assets.run_capped(report, presets, parsed.picture, parsed.cap or ([2.0] if on_gpu else [4.0]))

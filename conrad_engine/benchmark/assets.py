@@ -135,13 +135,11 @@ class LatentJob:
     n_steps: int
     n_views: int
     write: Callable[[Path, torch.device, bool], Path]
-    can_gain: bool
-    """Whether it has steps enough to gain from compiled networks once they are in the cache."""
     settings: dict[str, object] = field(default_factory=dict)
 
 
 LATENT_JOBS = (
-    LatentJob("Zero123", "zero123", 600, 4, write_zero123, can_gain=False),
+    LatentJob("Zero123", "zero123", 600, 4, write_zero123),
     # As in `steps`: DreamFusion's step, which knows no Perp-Neg.
     LatentJob(
         "SD 2.1 without Perp-Neg",
@@ -149,7 +147,6 @@ LATENT_JOBS = (
         5000,
         1,
         write_stable_diffusion,
-        can_gain=True,
         settings={"guidance.perp_neg": False},
     ),
 )
@@ -159,12 +156,11 @@ N_CACHING_STEPS = 20
 """Steps of a job that is run only to fill the caches of compilers; a step is compiled and captured in the first few."""
 
 
-def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
+def run_latent(report: Report, picture: Path | None) -> None:
     """The same for latent priors of the published sizes, read from disk; the files are in the system's cache by then, and a
     short job, which has its own row, has filled the caches of compilers.
 
-    Args:
-        compiles: Compile the networks of jobs that can gain from it.
+    No network is compiled: even from a full cache that takes 12 s in every process, and 5,000 steps save less.
     """
     report.begin(
         "asset, latent priors",
@@ -175,7 +171,6 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
         picture = picture or drawn_picture(Path(folder) / "figure.png")
         for job in LATENT_JOBS:
             n_steps = 4 if report.is_small else job.n_steps
-            is_compiled = compiles and job.can_gain
             try:
                 model = job.write(Path(folder) / job.guidance, report.device, report.is_small)
             except (ConradError, ImportError, OSError) as error:
@@ -184,7 +179,6 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
             settings = {
                 "guidance.model": model,
                 "guidance.strength": 0.01,
-                "guidance.weights.compile": is_compiled,
                 "optimize.n_views": job.n_views,
                 **job.settings,
             }
@@ -199,8 +193,7 @@ def run_latent(report: Report, picture: Path | None, compiles: bool) -> None:
                 figures = run_job(
                     picture, preset, device, n_threads, options=(*options, "--set", f"optimize.n_steps={n}")
                 )
-                label = f"{job.name}, {n} steps, {job.n_views} views"
-                report.add(job_row(label + (", compiled" if is_compiled else ""), figures))
+                report.add(job_row(f"{job.name}, {n} steps, {job.n_views} views", figures))
 
 
 def job_row(name: str, figures: JobFigures) -> Row:
