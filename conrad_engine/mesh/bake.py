@@ -7,7 +7,7 @@ sees well continues the photos' colors; see `blend`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..config import MeshConfig
 from ..resampling import between_pixels, reduced_by_area
 from .blend import complete_colors
 from .mesh import TexturedMesh, dots, lengths
-from .raster import rasterize, rasterize_projected, render_mesh
+from .raster import averaged, finer, look, rasterize, rasterize_projected
 from .unwrap import UnwrappedMesh
 
 Z_BUFFER = 1024
@@ -40,6 +40,8 @@ LONG_EDGE, N_SUBDIVISIONS, MOST_FACES = 0.03, 10, 400_000
 """Longer edges, as a part of the mesh's size, are halved for blending; bounds of that."""
 N_CORRECTIONS = 2
 """Times that the texture is corrected by what its photos' cameras miss."""
+N_SAMPLES = 3
+"""Samples a pixel along each side, seen from there."""
 CHUNK = 1 << 19
 
 
@@ -89,28 +91,34 @@ def bake_texture(
     base = field + _change_at_texels(mesh, texels.faces[rest], texels.barycentric[rest], field, color, photos, config)
     colors, share = photo.copy(), weight[rest, None]
     colors[rest] = share * photo[rest] + (1 - share) * base
-    made = TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, as_texture(colors, texels))
+    texture = as_texture(colors, texels)
+    missing_of = [_comparison(whole, photo, spacing) for photo in photos]
     for _ in range(N_CORRECTIONS if photos else 0):
-        missing = [_missing(made, photo, spacing) for photo in photos]
-        change, _ = _mixed(missing, photos, visible, len(colors), spacing)
+        change, _ = _mixed([missing(texture) for missing in missing_of], photos, visible, len(colors), spacing)
         # Where a photo fades, its camera is meant to see something else.
         colors = np.where(weight[:, None] > 0.999, colors + change, colors).clip(0, 1)
-        made = replace(made, texture=as_texture(colors, texels))
-    return made
+        texture = as_texture(colors, texels)
+    return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, texture)
 
 
-def _missing(mesh: TexturedMesh, photo: Photo, spacing: float) -> Float[np.ndarray, "h w 3"]:
-    """What the photo has and its camera's view of the mesh lacks, where both show nothing but the object; as coarse as texels.
+def _comparison(mesh: UnwrappedMesh, photo: Photo, spacing: float) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of the texture: what (h, w, 3) the photo has and its camera's view of the mesh lacks, where both show nothing
+    but the object; as coarse as texels.
 
     A texture is looked at through its texels, which is one more mean: what that takes is given back to it (Landweber 1951).
     """
     factor = max(1, int(_footprint(photo, spacing)))
     height, width = (max(1, round(side / factor)) for side in photo.mask.shape)
-    shown = render_mesh(mesh, photo.camera.resized(width, height), 3)
+    sight = look(mesh.vertices, mesh.faces, mesh.uvs, finer(photo.camera.resized(width, height), N_SAMPLES))
     wanted = np.concatenate([photo.rgb.transpose(2, 0, 1), photo.mask[None]]).astype(np.float32)
     wanted = reduced_by_area(torch.from_numpy(wanted), height, width).permute(1, 2, 0).numpy()
-    is_whole = np.minimum(shown[..., 3:], wanted[..., 3:]) > 0.99
-    return np.where(is_whole, wanted[..., :3] - shown[..., :3], 0).astype(np.float32)
+
+    def missing(texture: np.ndarray) -> np.ndarray:
+        shown = averaged(sight.shown(texture), N_SAMPLES)
+        is_whole = np.minimum(shown[..., 3:], wanted[..., 3:]) > 0.99
+        return np.where(is_whole, wanted[..., :3] - shown[..., :3], 0).astype(np.float32)
+
+    return missing
 
 
 def _footprint(photo: Photo, spacing: float) -> float:

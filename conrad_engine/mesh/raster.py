@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ..cameras import Camera
 from .mesh import TexturedMesh
@@ -188,19 +188,39 @@ def reduced(samples: np.ndarray, n: int, reduce: np.ufunc = np.add) -> np.ndarra
     return total
 
 
-def render_samples(mesh: TexturedMesh, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
-    """RGBA (height, width, 4) of the nearest surface at each pixel's center, with alpha 0 or 1, and its z-depth, 0 for none."""
-    fragments = rasterize(mesh.vertices, mesh.faces, camera)
-    found = fragments.faces >= 0
-    uvs = fragments.interpolate(mesh.faces, mesh.uvs)[found]
-    samples = np.zeros((*found.shape, 4), np.float32)
-    samples[found, :3] = sample_texture(mesh.texture, uvs) / 255
-    samples[found, 3] = 1
-    return samples, fragments.z_depths
+@dataclass(frozen=True)
+class Sight:
+    """Where the pixels of a view look at a texture: what stays the same while its colors change."""
+
+    is_hit: Bool[np.ndarray, "height width"]
+    """Whether there is a surface at the pixel's center."""
+    uvs: Float[np.ndarray, "n 2"]
+    """Of the hits, row by row."""
+    z_depths: Float[np.ndarray, "height width"]
+    """Of the nearest surface, 0 for none."""
+
+    def shown(self, texture: np.ndarray) -> Float[np.ndarray, "height width 4"]:
+        """RGBA of the texture (size, size, 3), 8 bit, at each pixel's center, with alpha 0 or 1."""
+        samples = np.zeros((*self.is_hit.shape, 4), np.float32)
+        samples[self.is_hit, :3] = sample_texture(texture, self.uvs) / 255
+        samples[self.is_hit, 3] = 1
+        return samples
+
+
+def look(vertices: np.ndarray, faces: np.ndarray, uvs: np.ndarray, camera: Camera) -> Sight:
+    """What a camera sees of a mesh (n_vertices, 3), (n_faces, 3) with texture coordinates (n_vertices, 2)."""
+    fragments = rasterize(vertices, faces, camera)
+    is_hit = fragments.faces >= 0
+    return Sight(is_hit, fragments.interpolate(faces, uvs)[is_hit], fragments.z_depths)
+
+
+def finer(camera: Camera, n: int) -> Camera:
+    """The camera with n by n samples in place of each pixel."""
+    return camera.resized(camera.width * n, camera.height * n)
 
 
 def averaged(samples: np.ndarray, n: int) -> np.ndarray:
-    """Straight RGBA of blocks of n by n samples (see `render_samples`)."""
+    """Straight RGBA of blocks of n by n samples (see `Sight.shown`)."""
     blocks = reduced(samples, n) / np.float32(n * n)
     return np.concatenate([blocks[..., :3] / np.maximum(blocks[..., 3:], 1e-6), blocks[..., 3:]], -1)
 
@@ -215,12 +235,14 @@ def render_with_depth(mesh: TexturedMesh, camera: Camera, supersample: int = 2) 
         RGBA (height, width, 4) float32, sRGB, straight alpha; and z-depths (height, width) of the nearest surface in each
         pixel, 0 where nothing is.
     """
-    samples, z_depths = render_samples(mesh, camera.resized(camera.width * supersample, camera.height * supersample))
-    nearest = reduced(np.where(z_depths > 0, z_depths, np.inf), supersample, np.minimum)
-    return averaged(samples, supersample), np.where(np.isfinite(nearest), nearest, 0).astype(np.float32)
+    sight = look(mesh.vertices, mesh.faces, mesh.uvs, finer(camera, supersample))
+    nearest = reduced(np.where(sight.z_depths > 0, sight.z_depths, np.inf), supersample, np.minimum)
+    return averaged(sight.shown(mesh.texture), supersample), np.where(np.isfinite(nearest), nearest, 0).astype(
+        np.float32
+    )
 
 
 def render_mesh(mesh: TexturedMesh, camera: Camera, supersample: int = 2) -> np.ndarray:
     """RGBA (height, width, 4) of the unlit textured mesh; see `render_with_depth`."""
-    samples, _ = render_samples(mesh, camera.resized(camera.width * supersample, camera.height * supersample))
-    return averaged(samples, supersample)
+    sight = look(mesh.vertices, mesh.faces, mesh.uvs, finer(camera, supersample))
+    return averaged(sight.shown(mesh.texture), supersample)
