@@ -28,7 +28,7 @@ FADE_CELLS, INWARD_FADE_CELLS = 8.0, 2.0
 """Distance from the outline, in cells, over which a correction fades; the second one where it takes away."""
 FIT_PIXELS, FIT_CELL_PX, N_FIT_ROUNDS = 1024, 1.5, 2
 """The last correction of a mesh: pixels along the silhouettes' longer side, its unit in these pixels, repetitions."""
-ISLAND = 0.01
+ISLAND = 0.003
 """Least share of a silhouette that counts as a part of its own."""
 HINT_PX = 60.0
 """Distance over which a hint overrules what a continued map comes from."""
