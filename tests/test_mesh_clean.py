@@ -62,6 +62,12 @@ def test_what_only_one_part_shows_of_a_silhouette_in_one_piece_is_kept():
     assert kept.vertices[:, 0].max() > 0.6 and kept.vertices[:, 0].min() > -0.41
 
 
+def test_a_silhouette_too_thin_for_its_pixels_asks_for_no_part():
+    view = SurfaceView(camera(0.0, 0.0, 512), np.full((512, 512), 0.3, np.float32), np.ones((64, 64), np.float32))
+    parts = joined(moved(sphere_mesh(0.2, 12), 0.65), sphere_mesh(0.4, 20))
+    assert len(keep_components(parts, 1, [view]).faces) == len(sphere_mesh(0.4, 20).faces)
+
+
 def test_weld_joins_corners_and_drops_empty_faces():
     soup = sphere_mesh(0.5, 8)
     soup = Mesh(soup.vertices[soup.faces].reshape(-1, 3), np.arange(3 * len(soup.faces), dtype=np.int32).reshape(-1, 3))

@@ -143,13 +143,19 @@ def test_the_middle_of_a_box_does_not_depend_on_where_it_faces():
         assert np.abs(finish.upright_middle(turned) - expected).max() < 1e-6
 
 
-@pytest.mark.parametrize("is_centered", (True, False))
-def test_a_job_centers_its_mesh_unless_told_not_to(tmp_path, monkeypatch, is_centered):
+@pytest.mark.parametrize("told", ("nothing", "not to", "metric depth", "start mesh"))
+def test_a_job_centers_its_mesh_unless_something_says_how_deep_it_lies(tmp_path, monkeypatch, finished, told):
     moved = []
     monkeypatch.setattr(finish, "centered", lambda mesh, camera: moved.append(camera) or mesh)
-    settings = {"mesh.centered": is_centered, "mesh.detail_views": 0}
-    pipeline.generate(toy_job(settings=settings), tmp_path)
-    assert len(moved) == is_centered
+    changes = {"depth_kind": "metric"}  # of no depth map
+    if told == "metric depth":
+        changes["depth"] = tmp_path / "depth.npy"
+        np.save(changes["depth"], np.linspace(2.9, 3.1, 192 * 160, dtype=np.float32).reshape(192, 160))
+    if told == "start mesh":
+        changes["init_mesh"] = finished.glb
+    settings = {"mesh.centered": told != "not to", "mesh.detail_views": 0}
+    pipeline.generate(toy_job(settings=settings, **changes), tmp_path / "out")
+    assert len(moved) == (told == "nothing")
 
 
 class CancelAt(Monitor):

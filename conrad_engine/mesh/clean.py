@@ -104,7 +104,7 @@ def _keep_shown(is_kept: np.ndarray, mesh: Mesh, labels: np.ndarray, view: Surfa
     while True:
         covered, _ = silhouette(Mesh(mesh.vertices, mesh.faces[is_kept[labels]]), view, SILHOUETTE)
         lost = np.bincount(shown[(shown >= 0) & ~covered], minlength=len(is_kept))
-        if lost.max() < ISLAND * (mask > 0.5).sum():
+        if lost.max() <= ISLAND * (mask > 0.5).sum():
             return
         is_kept[lost.argmax()] = True
 
