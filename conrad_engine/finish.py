@@ -26,7 +26,7 @@ from .files import write_json
 from .guidance.embedded.detail import DetailModel
 from .guidance.interfaces import ReferencePicture
 from .mesh.bake import Photo, bake_texture
-from .mesh.clean import clean_mesh
+from .mesh.clean import clean_mesh, face_components
 from .mesh.extract import SurfaceView, extract_mesh
 from .mesh.glb import write_glb, write_obj, write_ply, write_texture
 from .mesh.mesh import Mesh, TexturedMesh
@@ -112,12 +112,9 @@ def finish(
         mesh, level = surface_mesh(full, view, initial, config.mesh)
         at_stoppable("texture")
         textured = texture_mesh(full, view, mesh, config.mesh)
-        if (
-            config.mesh.centered
-            and initial is None
-            and not (prepared.depth is not None and prepared.depth_kind == "metric")
-        ):
-            textured = centered(textured, frame.camera)
+        has_depth = initial is not None or (prepared.depth is not None and prepared.depth_kind == "metric")
+        if config.mesh.centered and not has_depth:
+            textured = centered(gathered(textured, frame.camera), frame.camera)
         if model is not None:
             on_view = lambda index: at_stoppable(f"view {index}")  # noqa: E731
             textured = with_detail(textured, view, prepared, frame, config, model.result(), on_view)
@@ -189,6 +186,31 @@ def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config
 
 def photo_of(view: ReferenceView) -> Photo:
     return Photo(view.camera, view.rgb.permute(1, 2, 0).numpy(), view.mask[0].numpy())
+
+
+def gathered(mesh: TexturedMesh, camera: Camera) -> TexturedMesh:
+    """The mesh with parts that stand before or behind all of the largest one scaled from the camera until they do not.
+
+    The camera does not see it: a crest of feathers that came out far behind its helmet is back at its side.
+    """
+    camera = camera.to("cpu", torch.float64)
+    # Charts have their own vertices at seams.
+    _, places = np.unique(mesh.vertices, axis=0, return_inverse=True)
+    parts = face_components(places.reshape(-1)[mesh.faces], len(mesh.vertices))
+    depths = camera.project(torch.from_numpy(mesh.vertices).double())[1].numpy()
+    counts = np.bincount(parts)
+    used = [np.unique(mesh.faces[parts == part]) for part in np.flatnonzero(counts)]
+    body = depths[max(used, key=len)]
+    vertices, position = mesh.vertices.astype(np.float64), camera.positions.numpy()
+    for own in used:
+        low, middle, high = np.quantile(depths[own], (0, 0.5, 1))
+        factor = 1.0
+        if middle > body.max():
+            factor = max(body.max() / high, body.min() / low)
+        elif middle < body.min():
+            factor = min(body.min() / low, body.max() / high)
+        vertices[own] = position + (vertices[own] - position) * factor
+    return replace(mesh, vertices=vertices.astype(np.float32))
 
 
 def centered(mesh: TexturedMesh, camera: Camera) -> TexturedMesh:

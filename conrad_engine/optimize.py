@@ -25,8 +25,8 @@ READ_EVERY = 10
 MAX_BAD_STEPS = 10
 """Non-finite steps in a row that end the run."""
 PAUSE_S = 0.05
-SAVE_EVERY_S = 5.0
-"""Least time between two checkpoints on the way: one of a hash grid is 140 MB."""
+SAVE_EVERY_S, SAVE_SHARE = 5.0, 0.02
+"""Least time between two checkpoints on the way, and the most of all time that saving takes: a hash grid's has 140 MB."""
 COMMANDS = tuple(Command)
 
 
@@ -97,7 +97,8 @@ def optimize(
         is_due = state.step % config.optimize.checkpoint_every == 0 and state.step < n_total
         if is_due and (now := time.monotonic()) >= save_after:
             save(state)
-            save_after = now + SAVE_EVERY_S
+            spent_s = time.monotonic() - now
+            save_after = now + spent_s + max(SAVE_EVERY_S, spent_s / SAVE_SHARE)
         show(state)
     save(state)
 
