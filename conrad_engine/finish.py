@@ -15,6 +15,7 @@ from threading import Event
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.spatial import cKDTree
 
 from .cameras import Camera, CameraSetup, Similarity, orbit_angles
 from .config import MeshConfig, PipelineConfig
@@ -189,26 +190,24 @@ def photo_of(view: ReferenceView) -> Photo:
 
 
 def gathered(mesh: TexturedMesh, camera: Camera) -> TexturedMesh:
-    """The mesh with parts that stand before or behind all of the largest one scaled from the camera until they do not.
+    """The mesh with parts that stand before or behind all of the largest one scaled from the camera to its depth.
 
-    The camera does not see it: a crest of feathers that came out far behind its helmet is back at its side.
+    The camera does not see it: a crest of feathers that came out far behind its helmet is back beside it, as deep as the
+    helmet is where the picture shows the two nearest to each other.
     """
     camera = camera.to("cpu", torch.float64)
     # Charts have their own vertices at seams.
     _, places = np.unique(mesh.vertices, axis=0, return_inverse=True)
     parts = face_components(places.reshape(-1)[mesh.faces], len(mesh.vertices))
-    depths = camera.project(torch.from_numpy(mesh.vertices).double())[1].numpy()
-    counts = np.bincount(parts)
-    used = [np.unique(mesh.faces[parts == part]) for part in np.flatnonzero(counts)]
-    body = depths[max(used, key=len)]
+    used = [np.unique(mesh.faces[parts == part]) for part in np.flatnonzero(np.bincount(parts))]
+    pixels, depths = (x.numpy() for x in camera.project(torch.from_numpy(mesh.vertices).double()))
+    body = max(used, key=len)
     vertices, position = mesh.vertices.astype(np.float64), camera.positions.numpy()
     for own in used:
-        low, middle, high = np.quantile(depths[own], (0, 0.5, 1))
-        factor = 1.0
-        if middle > body.max():
-            factor = max(body.max() / high, body.min() / low)
-        elif middle < body.min():
-            factor = min(body.min() / low, body.max() / high)
+        if depths[body].min() <= np.median(depths[own]) <= depths[body].max():
+            continue
+        gaps, nearest = cKDTree(pixels[body]).query(pixels[own])
+        factor = depths[body[nearest[gaps.argmin()]]] / depths[own[gaps.argmin()]]
         vertices[own] = position + (vertices[own] - position) * factor
     return replace(mesh, vertices=vertices.astype(np.float32))
 
