@@ -179,7 +179,7 @@ class OptimizeConfig:
     """Optimisation steps on these views."""
     carve: bool = True
     """Start from the visual hull of these views instead of the blob."""
-    n_steps: int = 150
+    n_steps: int = 300
     """Steps of score distillation after it; 0 is allowed."""
     fine_steps: int = 0
     """Steps of a fine stage after them: the same field, seen in larger views (render.fine_size), and learning rates that
@@ -304,23 +304,21 @@ class PipelineConfig:
     seeding: SeedingConfig = field(default_factory=SeedingConfig)
 
 
-def _preset(name: str, steps: OptimizeConfig, volume: FieldConfig, mesh: MeshConfig) -> PipelineConfig:
-    return PipelineConfig(preset=name, optimize=steps, field_=volume, mesh=mesh)
-
-
 PRESETS: dict[str, PipelineConfig] = {
-    "draft": _preset(
-        "draft",
-        OptimizeConfig(
+    "draft": PipelineConfig(
+        preset="draft",
+        optimize=OptimizeConfig(
             warm_start_views=8, warm_start_sampling=8, warm_start_drafts=2, warm_start_steps=80, n_steps=80, n_views=1
         ),
-        FieldConfig(resolution=64, coarsest=8),
-        MeshConfig(resolution=128, n_faces=20_000, texture_size=1024, detail_views=5),
+        # So few steps would not settle what more noise stirs up.
+        guidance=EmbeddedPriorConfig(t_start=0.6, t_end=0.15),
+        field_=FieldConfig(resolution=64, coarsest=8),
+        mesh=MeshConfig(resolution=128, n_faces=20_000, texture_size=1024, detail_views=5),
     ),
     "standard": PipelineConfig(),
-    "fine": _preset(
-        "fine",
-        OptimizeConfig(
+    "fine": PipelineConfig(
+        preset="fine",
+        optimize=OptimizeConfig(
             warm_start_views=16,
             warm_start_sampling=20,
             warm_start_drafts=8,
@@ -328,8 +326,8 @@ PRESETS: dict[str, PipelineConfig] = {
             n_steps=500,
             n_views=4,
         ),
-        FieldConfig(resolution=128, coarsest=16),
-        MeshConfig(resolution=256, n_faces=100_000, texture_size=2048, detail_views=14, detail_steps=12),
+        field_=FieldConfig(resolution=128, coarsest=16),
+        mesh=MeshConfig(resolution=256, n_faces=100_000, texture_size=2048, detail_views=14, detail_steps=12),
     ),
 }
 

@@ -16,9 +16,9 @@ class EmbeddedPriorConfig:
 
     scale: float = 1.5
     """Classifier-free guidance; 1 is none."""
-    t_start: float = 0.6
+    t_start: float = 0.8
     """Noise time at the start of the distillation, 0 to 1; after a warm start more would undo it, without one take 0.98."""
-    t_end: float = 0.15
+    t_end: float = 0.3
     """Noise time at its end."""
     t_spread: float = 0.05
     """Half width of the random range around it."""

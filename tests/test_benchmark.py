@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conrad_engine.benchmark import assets, engine, fields, networks, steps
+from conrad_engine.benchmark import assets, engine, fields, networks, shared, steps
 from conrad_engine.benchmark.__main__ import main
 from conrad_engine.benchmark.ceilings import Ceilings, count_flop, measure_ceilings
 from conrad_engine.benchmark.fields import SMALL_GRID, check_backend
@@ -17,10 +17,12 @@ from conrad_engine.benchmark.guidance import unet_inputs
 from conrad_engine.benchmark.peer import PeerStep
 from conrad_engine.benchmark.report import Report, Row, Timing, format_row, measure
 from conrad_engine.config import FieldConfig
+from conrad_engine.errors import InputError
 from conrad_engine.fields.hash_grid import HashGrid
 from conrad_engine.fields.radiance_field import HashField
 from conrad_engine.guidance.frozen_encoder import rewrite_encoder
 from conrad_engine.guidance.interfaces import SplitGuidance
+from conrad_engine.monitor import Command, Progress
 
 from .host_reads import HostReads
 
@@ -265,3 +267,30 @@ def test_a_jobs_steps_with_a_latent_model_of_random_weights(model):
     with HostReads() as reads:
         step._on_device(*drawn)
     assert reads.found == []
+
+
+def test_a_stopwatch_times_the_steps_it_is_told_and_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 14.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    watch = shared.Stopwatch(first=20, last=30)
+    for step in range(1, 31):
+        assert watch.command() is Command.RUN
+        watch.progress(Progress("mesh", step, 100))
+        watch.progress(Progress("optimize", step, 100))
+    assert watch.seconds == 4.0 and watch.command() is Command.CANCEL
+
+
+@pytest.mark.slow
+def test_steps_shared_by_two_processes_are_timed_beside_one(report: Report) -> None:
+    shared.run(report, n_gpus=2)
+    alone, together = report.to_json()["sections"]["shared"]
+    assert alone["notes"]["x one"] == 1.0 and together["notes"]["x one"] > 0 and not together["error"]
+
+
+def test_gpus_that_are_not_there_are_named(report: Report, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuses(*arguments: object) -> float:
+        raise InputError("this machine shows 1 GPUs")
+
+    monkeypatch.setattr(shared, "timed_steps", refuses)
+    shared.run(report, n_gpus=2)
+    assert "not measured: this machine shows 1 GPUs" in capsys.readouterr().out

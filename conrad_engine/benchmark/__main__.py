@@ -10,11 +10,11 @@ import torch
 
 from ..device import resolve_device, set_threads
 from ..errors import ConradError
-from . import assets, engine, fields, guidance, memory, steps
+from . import assets, engine, fields, guidance, memory, shared, steps
 from .ceilings import Ceilings, measure_ceilings
 from .report import Report
 
-SECTIONS = ("field", "guidance", "step", "asset", "memory", "server")
+SECTIONS = ("field", "guidance", "step", "asset", "memory", "server", "shared")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--latent", action="store_true", help="asset: also Zero123 and SD 2.1 (writes 5 GB for a while)"
     )
+    parser.add_argument("--gpus", type=int, default=2, metavar="N", help="shared: GPUs that share a step (default: 2)")
     parser.add_argument("--cap", action="append", type=float, metavar="GIB", help="memory: hard cap; may be repeated")
     return parser
 
@@ -79,6 +80,8 @@ def _run(section: str, report: Report, ceilings: Ceilings | None, parsed: argpar
             assets.run_capped(report, presets, parsed.picture, parsed.cap or ([2.0] if on_gpu else [4.0]))
         case "server":
             engine.run(report)
+        case "shared":
+            shared.run(report, parsed.gpus)
     if on_gpu:
         torch.cuda.empty_cache()
 
