@@ -86,6 +86,19 @@ def test_smoothness_compares_each_place_with_its_own_neighbour():
     torch.testing.assert_close(field.smoothness(places, moves), (here - there).square().mean())
 
 
+def test_roughness_and_its_gradient_are_those_of_plain_differences():
+    field = fields()[0].double()
+    for grid in field.grids:
+        torch.nn.init.normal_(grid)
+    field.prepare()
+    ours, volume = field.smoothness(), field.volume
+    plain = sum(volume.diff(dim=axis).square().mean() for axis in (2, 3, 4))
+    torch.testing.assert_close(ours, plain)
+    weight = 0.3
+    expected = torch.autograd.grad(weight * plain, list(field.grids), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(weight * ours, list(field.grids)), expected)
+
+
 def test_parameter_groups_cover_all_parameters():
     for field in fields():
         listed = {id(p) for group in field.parameter_groups(OptimizeConfig()) for p in group["params"]}

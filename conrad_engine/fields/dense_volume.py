@@ -13,6 +13,29 @@ EMPTY_RAW = -10.0
 """Raw density of empty space: its softplus is 4.5e-5."""
 
 
+class _Roughness(torch.autograd.Function):
+    """Sum over the spatial axes of the mean squared difference of neighbors, its gradient made along the way.
+
+    Torch's own derivative fills and adds whole volumes for every slice of one: twice the time.
+    """
+
+    @staticmethod
+    def forward(ctx, volume: Float[Tensor, "1 c z y x"]) -> Float[Tensor, ""]:
+        total, gradient = volume.new_zeros(()), torch.zeros_like(volume)
+        for axis in (2, 3, 4):
+            steps = volume.diff(dim=axis)
+            n = steps.shape[axis]
+            total += steps.square().mean()
+            gradient.narrow(axis, 1, n).add_(steps, alpha=2 / steps.numel())
+            gradient.narrow(axis, 0, n).sub_(steps, alpha=2 / steps.numel())
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, weight: Float[Tensor, ""]) -> Float[Tensor, "1 c z y x"]:
+        return ctx.saved_tensors[0] * weight
+
+
 class DenseVolume(nn.Module):
     """Raw density and raw color on grids of doubling size, summed at the finest.
 
@@ -101,7 +124,7 @@ class DenseVolume(nn.Module):
 
     def smoothness(self) -> Tensor:
         """Mean squared difference of neighbouring cells of the summed grid."""
-        return sum(self.volume.diff(dim=axis).square().mean() for axis in (2, 3, 4))
+        return _Roughness.apply(self.volume)
 
     def parameter_groups(self, config: OptimizeConfig) -> list[dict]:
         return [{"params": list(self.grids.parameters()), "lr": config.rate}]
