@@ -110,11 +110,12 @@ def finish(
         # On a GPU it is short and only takes turns with what leads to the GLB.
         field_pictures = show_field() if device.type == "cpu" else None
         at_stoppable("surface")
-        mesh, level = surface_mesh(full, view, initial, config.mesh)
+        has_depth = initial is not None or (prepared.depth is not None and prepared.depth_kind == "metric")
+        may_move = config.mesh.centered and not has_depth
+        mesh, level = surface_mesh(full, view, initial, config.mesh, may_move)
         at_stoppable("texture")
         textured = texture_mesh(full, view, mesh, config.mesh)
-        has_depth = initial is not None or (prepared.depth is not None and prepared.depth_kind == "metric")
-        if config.mesh.centered and not has_depth:
+        if may_move:
             textured = centered(gathered(textured, frame.camera), frame.camera)
         if model is not None:
             on_view = lambda index: at_stoppable(f"view {index}")  # noqa: E731
@@ -154,9 +155,13 @@ def _set_on_error(event: Event) -> Iterator[Event]:
 
 
 def surface_mesh(
-    full: ConstrainedField, view: ReferenceView, initial: Mesh | None, config: MeshConfig
+    full: ConstrainedField, view: ReferenceView, initial: Mesh | None, config: MeshConfig, may_move: bool
 ) -> tuple[Mesh, float]:
-    """The cleaned surface in the object frame, and the density it was taken at."""
+    """The cleaned surface in the object frame, and the density it was taken at.
+
+    Args:
+        may_move: Whether parts may change their depth; see `mesh.bridge`.
+    """
     if config.project_only:
         if initial is None:
             raise InputError("mesh.project_only puts the picture on a mesh: give one with --init")
@@ -166,7 +171,7 @@ def surface_mesh(
     seen = SurfaceView(view.camera, view.mask[0].numpy(), distances.cpu().numpy())
     # The shell of an inferred surface is a blocky skin, there for its color; `extract_mesh` closes the outline itself.
     density = full.density if full.config.kind == "known_depth" else full.field.density
-    extracted = extract_mesh(density, full.aabb, config, [seen])
+    extracted = extract_mesh(density, full.aabb, config, [seen], may_move)
     return clean_mesh(extracted.mesh, config, [seen]), extracted.level
 
 

@@ -4,10 +4,10 @@ import math
 
 import mcubes
 import numpy as np
-from scipy.ndimage import label
+from scipy.ndimage import binary_dilation, label
 
 from conrad_engine.cameras import orbit_camera
-from conrad_engine.mesh.bridge import ANY_NEIGHBOR, MAX_GAP, join_parts
+from conrad_engine.mesh.bridge import ANY_NEIGHBOR, MAX_GAP, _moved, _pixels, join_parts
 from conrad_engine.mesh.clean import face_components
 
 LOW, CELL, N = np.array([-1.0, -1, -1]), 2 / 47, 48
@@ -77,3 +77,33 @@ def test_dust_and_far_parts_are_left():
 def test_one_part_is_returned_as_it_is():
     values = ball([0, 0, 0], 0.5)
     assert join_parts(values, np.full_like(values, 1.0), CELL, LOW, [CAMERA], MAX_GAP * N) is values
+
+
+def test_a_part_too_deep_for_a_rod_is_brought_beside_the_body_and_tied():
+    """A crest that came out behind its helmet: from the camera it is where it was, from the side it is back."""
+    crest = np.array([0.0, 0.1, 0.5])
+    away = CAMERA.positions.numpy() + (crest - CAMERA.positions.numpy()) * 1.18
+    body = ball([0, 0, -0.1], 0.5)
+    values = np.maximum(body, ball(away, 0.15 * 1.18))
+    join = [np.full_like(values, 1.0), CELL, LOW, [CAMERA], 6.0]
+    assert n_parts(values) == 2 and n_parts(join_parts(values, *join)) == 2, "depths that are known stay"
+    joined = join_parts(values, *join, may_move=True)
+    assert n_parts(joined) == 1
+    x, y, z = grid_points()[(joined > 0) & (body <= 0)].T
+    assert y.max() < 0.5 and y[z > 0.5].mean() < 0.3 < away[1] - 0.4
+    before, after = (np.unique(_pixels(np.argwhere(v > 0), LOW, CELL, CAMERA), axis=0) for v in (values, joined))
+    seen = [np.zeros((CAMERA.height, CAMERA.width), bool) for _ in range(2)]
+    for picture, found in zip(seen, (before, after)):
+        picture[tuple(found.T)] = True
+    first, second = (binary_dilation(picture, iterations=3) for picture in seen)
+    assert (first != second).mean() < 0.01
+
+
+def test_a_part_that_would_leave_the_grid_stays():
+    values = np.maximum(ball([0, -0.7, 0], 0.25), ball([0.62, 0.7, 0.62], 0.2))
+    near = orbit_camera(0.0, 0.0, 1.4, math.radians(100), 200)
+    join = [np.full_like(values, 1.0), CELL, LOW, [near], 6.0]
+    cells = np.argwhere(values > 0)
+    part = cells[cells[:, 1] > N / 2]
+    assert _moved(values, values > 2, part, 3.0, LOW, CELL, near)[0] is values
+    assert join_parts(values, *join, may_move=True).shape == values.shape

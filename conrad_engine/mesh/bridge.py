@@ -1,7 +1,8 @@
 """Joining the parts of a surface that belong to one object: a slat that is broken in the middle, a ball on a thin rod.
 
 The result keeps one connected part. What the pictures show of the others must not be lost with them, so each is tied to the
-main part by a thin rod across the shortest gap, as far as the rod stays inside the silhouettes.
+main part by a thin rod across the shortest gap, as far as the rod stays inside the silhouettes. Where depths are only what the
+field made of one picture, a part too far away for a rod is first brought beside the main one, along the camera's rays.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.ndimage import binary_erosion, label
+from scipy.ndimage import binary_erosion, label, map_coordinates
 from scipy.spatial import cKDTree
 
 from ..cameras import Camera
@@ -23,6 +24,8 @@ MAX_GAP = 0.15
 MIN_CELLS = 12
 """Parts with fewer cells are dust and are left to the clean-up."""
 MAX_PARTS = 40
+N_NEAREST = 16
+"""Cells of the main part, nearest in the picture, among which the one nearest in depth says where a part belongs."""
 COVERAGE = 128
 """Pixels along the longer side of the picture by which parts are told from floaters: about a cell each, so that the main
 part's cells leave no holes."""
@@ -38,6 +41,7 @@ def join_parts(
     low: Float[np.ndarray, "3"],
     cameras: list[Camera],
     longest_rod: float,
+    may_move: bool = False,
 ) -> np.ndarray:
     """A level set whose parts, as far as a picture needs them, are joined to the largest one.
 
@@ -50,6 +54,7 @@ def join_parts(
         low: World position of the first cell.
         cameras: Of the pictures.
         longest_rod: In cells.
+        may_move: Whether parts may change their depth; only where there is one camera, which does not see it.
     """
     # Marching cubes parts what touches only at an edge or a corner.
     parts, n_parts = label(values > 0)
@@ -61,24 +66,73 @@ def join_parts(
     rim = (parts > 0) & ~binary_erosion(parts > 0, ANY_NEIGHBOR)
     points = np.argwhere(rim)
     owners = parts[tuple(points.T)]
-    joined = points[owners == order[0]]
-    waiting = [k for k in order[1:] if _is_needed(points[owners == k], joined, low, cell, cameras)]
+    cells = {part: points[owners == part] for part in order}
+    joined = cells[order[0]]
+    waiting = [part for part in order[1:] if _is_needed(cells[part], joined, low, cell, cameras)]
+    may_move = may_move and len(cameras) == 1
     rods = np.full_like(values, -np.inf)
     while waiting:
         tree = cKDTree(joined)
         gaps = []
         for part in waiting:
-            mine = points[owners == part]
-            distances, nearest = tree.query(mine)
+            distances, nearest = tree.query(cells[part])
             best = int(np.argmin(distances))
-            gaps.append((float(distances[best]), part, mine[best], joined[nearest[best]]))
+            gaps.append((float(distances[best]), part, cells[part][best], joined[nearest[best]]))
         gap, part, start, end = min(gaps, key=lambda g: g[0])
+        if gap > longest_rod and may_move:
+            for part in waiting:
+                factor = _factor_beside(cells[part], joined, low, cell, cameras[0])
+                values, cells[part] = _moved(values, parts == part, cells[part], factor, low, cell, cameras[0])
+            may_move = False
+            continue
         if gap > longest_rod:
             break
         _add_rod(rods, start, end, cell)
-        joined = np.concatenate([joined, points[owners == part]])
+        joined = np.concatenate([joined, cells[part]])
         waiting = [k for k in waiting if k != part]
     return np.maximum(np.minimum(values, hull), np.minimum(rods, hull + SLACK_CELLS * cell))
+
+
+def _factor_beside(part: np.ndarray, main: np.ndarray, low: np.ndarray, cell: float, camera: Camera) -> float:
+    """Factor by which the part's cells, scaled from the camera, are as deep as the main part's where the picture shows the
+    two nearest to each other."""
+    pixels, depths = zip(*(_projected(cells, low, cell, camera) for cells in (part, main)))
+    gaps, nearest = cKDTree(pixels[1]).query(pixels[0], k=min(N_NEAREST, len(main)))
+    gaps, nearest = gaps.reshape(len(part), -1), nearest.reshape(len(part), -1)
+    factors = depths[1][nearest] / depths[0][:, None]
+    cell_px = cell * float(camera.intrinsics[0]) / float(np.median(depths[0]))
+    factors = factors[gaps <= gaps.min() + cell_px]
+    return float(factors[np.abs(np.log(factors)).argmin()])
+
+
+def _moved(
+    values: np.ndarray,
+    is_part: np.ndarray,
+    cells: np.ndarray,
+    factor: float,
+    low: np.ndarray,
+    cell: float,
+    camera: Camera,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The level set with a part scaled from the camera, and the part's new cells.
+
+    Both as they were if it would leave the grid, or is so thin that no cell of it would be left.
+    """
+    position = camera.positions.cpu().double().numpy()
+    scaled = (position + (low + cells * cell - position) * factor - low) / cell
+    first, end = np.floor(scaled.min(0)).astype(int) - 2, np.ceil(scaled.max(0)).astype(int) + 3
+    if (first < 0).any() or (end > values.shape).any():
+        return values, cells
+    box = tuple(slice(a, b) for a, b in zip(first, end))
+    own = np.where(is_part, values, np.minimum(values, -cell / 2))
+    there = low + np.stack(np.meshgrid(*(np.arange(a, b) for a, b in zip(first, end)), indexing="ij")).T * cell
+    here = ((position + (there - position) / factor - low) / cell).T
+    carried = factor * map_coordinates(own, here, order=1, cval=-cell)
+    if not (carried > 0).any():
+        return values, cells
+    values = np.where(is_part, -np.abs(values), values)
+    values[box] = np.maximum(values[box], carried)
+    return values, np.argwhere(carried > 0) + first
 
 
 def _is_needed(part: np.ndarray, main: np.ndarray, low: np.ndarray, cell: float, cameras: list[Camera]) -> bool:
@@ -97,11 +151,16 @@ def _is_needed(part: np.ndarray, main: np.ndarray, low: np.ndarray, cell: float,
 
 def _pixels(cells: np.ndarray, low: np.ndarray, cell: float, camera: Camera) -> np.ndarray:
     """Rows and columns (n, 2) that cells project to; those outside the picture are left out."""
-    positions = torch.from_numpy(low + cells * cell).double()
-    uv, z_depths = camera.to("cpu", torch.float64).project(positions)
-    columns, rows = np.floor(uv.numpy()).astype(np.int64).T
-    inside = (z_depths.numpy() > 0) & (columns >= 0) & (columns < camera.width) & (rows >= 0) & (rows < camera.height)
+    uv, z_depths = _projected(cells, low, cell, camera)
+    columns, rows = np.floor(uv).astype(np.int64).T
+    inside = (z_depths > 0) & (columns >= 0) & (columns < camera.width) & (rows >= 0) & (rows < camera.height)
     return np.stack([rows, columns], 1)[inside]
+
+
+def _projected(cells: np.ndarray, low: np.ndarray, cell: float, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the picture (n, 2) and z-depths (n,) of cells."""
+    uv, z_depths = camera.to("cpu", torch.float64).project(torch.from_numpy(low + cells * cell).double())
+    return uv.numpy(), z_depths.numpy()
 
 
 def _add_rod(values: np.ndarray, start: np.ndarray, end: np.ndarray, cell: float) -> None:

@@ -134,7 +134,11 @@ def _grid_over(low: np.ndarray, high: np.ndarray, n_cells: int) -> _Grid:
 
 
 def extract_mesh(
-    density: Callable[[Tensor], Tensor], aabb: Float[Tensor, "2 3"], config: MeshConfig, views: list[SurfaceView]
+    density: Callable[[Tensor], Tensor],
+    aabb: Float[Tensor, "2 3"],
+    config: MeshConfig,
+    views: list[SurfaceView],
+    may_move: bool = False,
 ) -> Extracted:
     """The surface of a density field, its outline as in the pictures.
 
@@ -142,6 +146,7 @@ def extract_mesh(
         density: σ of positions (n, 3).
         aabb: The field's box.
         views: Pictures with their silhouettes; the first one's chooses the level. May be empty.
+        may_move: Whether parts may change their depth; see `bridge`.
 
     Raises:
         MeshError: Nothing reaches the level.
@@ -172,7 +177,8 @@ def extract_mesh(
         values = np.minimum(values, hull)
         if config.max_components == 1:
             longest_rod = MAX_GAP * max(whole.shape)
-            values = join_parts(values, hull, grid.cell, grid.corner, [view.camera for view in views], longest_rod)
+            cameras = [view.camera for view in views]
+            values = join_parts(values, hull, grid.cell, grid.corner, cameras, longest_rod, may_move)
         mesh = grid.surface(values)
     if not len(mesh.faces):
         raise MeshError(NO_SURFACE)
