@@ -257,8 +257,8 @@ class MeshConfig:
     """Puts the picture on the initial mesh as it is: nothing is optimised and no surface is extracted."""
     centered: bool = True
     """Scales the finished mesh from the reference camera, which does not see it, until its middle is as deep as the object's
-    center; parts that came out before or behind the others are brought beside them first. Not where a metric depth map or an
-    initial mesh says how deep it lies."""
+    center; parts that came out before or behind what they touch in the picture are brought beside it first. Not where a
+    metric depth map or an initial mesh says how deep it lies."""
     detail_views: int = 10
     """Views around the finished mesh whose blurred parts are redrawn with detail and painted on the texture, whatever the
     guidance was; 0 leaves the texture as the field has it. Not with `project_only`, nor where the picture is only a loss."""

@@ -15,7 +15,6 @@ from threading import Event
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.spatial import cKDTree
 
 from .cameras import Camera, CameraSetup, Similarity, orbit_angles
 from .config import MeshConfig, PipelineConfig
@@ -27,7 +26,7 @@ from .files import write_json
 from .guidance.embedded.detail import DetailModel
 from .guidance.interfaces import ReferencePicture
 from .mesh.bake import Photo, bake_texture
-from .mesh.clean import clean_mesh, face_components
+from .mesh.clean import clean_mesh
 from .mesh.extract import SurfaceView, extract_mesh
 from .mesh.glb import write_glb, write_obj, write_ply, write_texture
 from .mesh.mesh import Mesh, TexturedMesh
@@ -116,7 +115,7 @@ def finish(
         at_stoppable("texture")
         textured = texture_mesh(full, view, mesh, config.mesh)
         if may_move:
-            textured = centered(gathered(textured, frame.camera), frame.camera)
+            textured = centered(textured, frame.camera)
         if model is not None:
             on_view = lambda index: at_stoppable(f"view {index}")  # noqa: E731
             textured = with_detail(textured, view, prepared, frame, config, model.result(), on_view)
@@ -192,29 +191,6 @@ def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config
 
 def photo_of(view: ReferenceView) -> Photo:
     return Photo(view.camera, view.rgb.permute(1, 2, 0).numpy(), view.mask[0].numpy())
-
-
-def gathered(mesh: TexturedMesh, camera: Camera) -> TexturedMesh:
-    """The mesh with parts that stand before or behind all of the largest one scaled from the camera to its depth.
-
-    The camera does not see it: a crest of feathers that came out far behind its helmet is back beside it, as deep as the
-    helmet is where the picture shows the two nearest to each other.
-    """
-    camera = camera.to("cpu", torch.float64)
-    # Charts have their own vertices at seams.
-    _, places = np.unique(mesh.vertices, axis=0, return_inverse=True)
-    parts = face_components(places.reshape(-1)[mesh.faces], len(mesh.vertices))
-    used = [np.unique(mesh.faces[parts == part]) for part in np.flatnonzero(np.bincount(parts))]
-    pixels, depths = (x.numpy() for x in camera.project(torch.from_numpy(mesh.vertices).double()))
-    body = max(used, key=len)
-    vertices, position = mesh.vertices.astype(np.float64), camera.positions.numpy()
-    for own in used:
-        if depths[body].min() <= np.median(depths[own]) <= depths[body].max():
-            continue
-        gaps, nearest = cKDTree(pixels[body]).query(pixels[own])
-        factor = depths[body[nearest[gaps.argmin()]]] / depths[own[gaps.argmin()]]
-        vertices[own] = position + (vertices[own] - position) * factor
-    return replace(mesh, vertices=vertices.astype(np.float32))
 
 
 def centered(mesh: TexturedMesh, camera: Camera) -> TexturedMesh:

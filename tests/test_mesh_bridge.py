@@ -99,6 +99,24 @@ def test_a_part_too_deep_for_a_rod_is_brought_beside_the_body_and_tied():
     assert (first != second).mean() < 0.01
 
 
+def test_a_part_that_touches_only_a_moved_one_follows_it():
+    eye = CAMERA.positions.numpy()
+    behind = [eye + (np.array([0.0, 0.1, height]) - eye) * 1.18 for height in (0.5, 0.8)]
+    stem, plume = (ball(center, 0.13 * 1.18) for center in behind)
+    values = np.maximum(ball([0, 0, -0.1], 0.5), np.maximum(stem, plume))
+    join = [np.full_like(values, 1.0), CELL, LOW, [CAMERA], 6.0]
+    assert n_parts(values) == 3
+    joined = join_parts(values, *join, may_move=True)
+    assert n_parts(joined) == 1 and grid_points()[joined > 0][:, 1].max() < 0.55
+
+
+def test_what_the_picture_shows_apart_keeps_its_depth():
+    """A dog before its master: nothing says that they stand at one depth."""
+    values = np.maximum(ball([-0.4, 0.3, 0], 0.35), ball([0.5, -0.6, 0], 0.2))
+    join = [np.full_like(values, 1.0), CELL, LOW, [CAMERA], 6.0]
+    assert np.array_equal(join_parts(values, *join, may_move=True), np.minimum(values, 1.0))
+
+
 def test_a_part_that_would_leave_the_grid_stays():
     values = np.maximum(ball([0, -0.7, 0], 0.25), ball([0.62, 0.7, 0.62], 0.2))
     near = orbit_camera(0.0, 0.0, 1.4, math.radians(100), 200)

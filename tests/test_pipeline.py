@@ -15,12 +15,10 @@ from conrad_engine.config import preset, with_overrides
 from conrad_engine.errors import Cancelled, InputError
 from conrad_engine.evaluation import metrics
 from conrad_engine.mesh.glb import load_mesh, read_textured
-from conrad_engine.mesh.mesh import Mesh, TexturedMesh
-from conrad_engine.mesh.raster import rasterize, render_mesh
+from conrad_engine.mesh.raster import render_mesh
 from conrad_engine.monitor import Command, Monitor
 
 from .conftest import figure_rgba, png_bytes
-from .mesh_scenes import sphere_mesh
 from .test_optimize import BallPrior
 
 TOY = {
@@ -134,28 +132,6 @@ def test_the_middle_is_brought_to_the_origins_depth_and_the_picture_stays(finish
     before, after = (render_mesh(mesh, camera, 1) for mesh in (away, moved))
     assert np.abs(before - after).mean() < 1e-3 and before[..., 3].mean() > 0.02
     assert np.abs(moved.vertices - away.vertices).max() > 0.05, "it was somewhere else"
-
-
-def two_parts(body: Mesh, part: Mesh) -> TexturedMesh:
-    faces = np.concatenate([body.faces, part.faces + len(body.vertices)])
-    vertices = np.concatenate([body.vertices, part.vertices])
-    return TexturedMesh(vertices, faces, vertices[:, :2], vertices, np.zeros((4, 4, 3), np.uint8))
-
-
-@pytest.mark.parametrize("away", (-2.0, 0.1, 1.5))
-def test_a_part_before_or_behind_the_body_comes_back_beside_it_and_the_picture_stays(away):
-    camera = orbit_camera(0.0, 0.0, 4.0, 0.6, 96)
-    body, crest = sphere_mesh(0.4, 20), sphere_mesh(0.15, 12)
-    # Along a ray through where it belongs, so that it looks smaller or larger from the camera.
-    crest = Mesh((crest.vertices + [0.0, away, 0.45]).astype(np.float32), crest.faces)
-    mesh = two_parts(body, crest)
-    moved = finish.gathered(mesh, camera)
-    n = len(body.vertices)
-    assert np.abs(moved.vertices[:n] - body.vertices).max() < 1e-6, "the largest part stays"
-    assert np.abs(moved.vertices[n:, 1].mean()) < 0.4, "as deep as the body's rim, which is beside it"
-    assert (np.abs(moved.vertices - mesh.vertices).max() > 0.1) == (away != 0.1)
-    before, after = (rasterize(m.vertices, m.faces, camera).faces >= 0 for m in (mesh, moved))
-    assert (before != after).mean() < 1e-3
 
 
 def test_the_middle_of_a_box_does_not_depend_on_where_it_faces():

@@ -152,6 +152,10 @@ LATENT_JOBS = (
 )
 
 
+FULL_FIELD = {"field.kind": "hash_grid", "field.encoder": "auto", "render.n_samples": 128}
+"""As latent priors are used with."""
+RANDOM_STRENGTH = 0.01
+"""Of the gradient of random weights, so that the object stays one."""
 N_CACHING_STEPS = 20
 """Steps of a job that is run only to fill the caches of compilers; a step is compiled and captured in the first few."""
 
@@ -178,12 +182,12 @@ def run_latent(report: Report, picture: Path | None) -> None:
                 continue
             settings = {
                 "guidance.model": model,
-                "guidance.strength": 0.01,
+                "guidance.strength": RANDOM_STRENGTH,
                 "optimize.n_views": job.n_views,
                 **job.settings,
             }
             if not report.is_small:
-                settings |= {"field.kind": "hash_grid", "field.encoder": "auto", "render.n_samples": 128}
+                settings |= FULL_FIELD
             options = ["--guidance", job.guidance, "--prompt", "a figure"]
             for key, value in settings.items():
                 options += ["--set", f"{key}={value}"]

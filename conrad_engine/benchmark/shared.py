@@ -11,7 +11,7 @@ from pathlib import Path
 from ..config import preset, with_overrides
 from ..errors import Cancelled, ConradError
 from ..monitor import Command, Monitor, Progress
-from .assets import LATENT_JOBS, drawn_picture
+from .assets import FULL_FIELD, LATENT_JOBS, RANDOM_STRENGTH, drawn_picture
 from .report import Report, Row
 
 N_VIEWS = 4
@@ -75,14 +75,8 @@ def run(report: Report, n_gpus: int) -> None:
         if not report.is_small:
             zero123 = LATENT_JOBS[0]
             model = zero123.write(Path(folder) / "zero123", report.device, False)
-            jobs["Zero123"] = common | {
-                "guidance": "zero123",
-                "guidance.model": str(model),
-                "guidance.strength": 0.01,
-                "field.kind": "hash_grid",
-                "field.encoder": "auto",
-                "render.n_samples": 128,
-            }
+            named = {"guidance": zero123.guidance, "guidance.model": str(model), "guidance.strength": RANDOM_STRENGTH}
+            jobs["Zero123"] = common | FULL_FIELD | named
         for name, settings in jobs.items():
             alone_s = 0.0
             for count in (1, n_gpus):

@@ -24,6 +24,8 @@ MAX_GAP = 0.15
 MIN_CELLS = 12
 """Parts with fewer cells are dust and are left to the clean-up."""
 MAX_PARTS = 40
+TOUCHING_CELLS = 3.0
+"""Parts no farther apart than this in the picture touch there."""
 N_NEAREST = 16
 """Cells of the main part, nearest in the picture, among which the one nearest in depth says where a part belongs."""
 COVERAGE = 128
@@ -70,7 +72,7 @@ def join_parts(
     joined = cells[order[0]]
     waiting = [part for part in order[1:] if _is_needed(cells[part], joined, low, cell, cameras)]
     may_move = may_move and len(cameras) == 1
-    rods = np.full_like(values, -np.inf)
+    rods, moved = np.full_like(values, -np.inf), set()
     while waiting:
         tree = cKDTree(joined)
         gaps = []
@@ -79,28 +81,32 @@ def join_parts(
             best = int(np.argmin(distances))
             gaps.append((float(distances[best]), part, cells[part][best], joined[nearest[best]]))
         gap, part, start, end = min(gaps, key=lambda g: g[0])
-        if gap > longest_rod and may_move:
-            for part in waiting:
-                factor = _factor_beside(cells[part], joined, low, cell, cameras[0])
-                values, cells[part] = _moved(values, parts == part, cells[part], factor, low, cell, cameras[0])
-            may_move = False
-            continue
         if gap > longest_rod:
-            break
+            tried = [k for k in waiting if may_move and k not in moved]
+            factors = {k: _factor_beside(cells[k], joined, low, cell, cameras[0]) for k in tried}
+            beside = {k: factor for k, factor in factors.items() if factor is not None}
+            if not beside:
+                break
+            for k, factor in beside.items():
+                values, cells[k] = _moved(values, parts == k, cells[k], factor, low, cell, cameras[0])
+            moved |= beside.keys()
+            continue
         _add_rod(rods, start, end, cell)
         joined = np.concatenate([joined, cells[part]])
         waiting = [k for k in waiting if k != part]
     return np.maximum(np.minimum(values, hull), np.minimum(rods, hull + SLACK_CELLS * cell))
 
 
-def _factor_beside(part: np.ndarray, main: np.ndarray, low: np.ndarray, cell: float, camera: Camera) -> float:
+def _factor_beside(part: np.ndarray, main: np.ndarray, low: np.ndarray, cell: float, camera: Camera) -> float | None:
     """Factor by which the part's cells, scaled from the camera, are as deep as the main part's where the picture shows the
-    two nearest to each other."""
+    two nearest to each other; None where it shows them apart, and nothing says that they belong together."""
     pixels, depths = zip(*(_projected(cells, low, cell, camera) for cells in (part, main)))
     gaps, nearest = cKDTree(pixels[1]).query(pixels[0], k=min(N_NEAREST, len(main)))
     gaps, nearest = gaps.reshape(len(part), -1), nearest.reshape(len(part), -1)
     factors = depths[1][nearest] / depths[0][:, None]
     cell_px = cell * float(camera.intrinsics[0]) / float(np.median(depths[0]))
+    if gaps.min() > TOUCHING_CELLS * cell_px:
+        return None
     factors = factors[gaps <= gaps.min() + cell_px]
     return float(factors[np.abs(np.log(factors)).argmin()])
 
