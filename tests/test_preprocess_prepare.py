@@ -65,6 +65,42 @@ def test_colors_go_on_beyond_the_silhouette() -> None:
     assert np.abs(prepared.rgb[left_arm_row, first - 2] - np.float32([210, 30, 30]) / 255).max() < 0.02
 
 
+def disc_alpha(opacity: float, rim_px: float = 1.0) -> np.ndarray:
+    v, u = np.mgrid[:256, :256] + 0.5
+    coverage = ((80 - np.hypot(u - 128, v - 128)) / rim_px + 0.5).clip(0, 1)
+    return (coverage * opacity * 255).round().astype(np.uint8)
+
+
+def with_alpha(alpha: np.ndarray) -> bytes:
+    return png(np.dstack([np.full_like(alpha, 90), np.full_like(alpha, 140), np.full_like(alpha, 150), alpha]))
+
+
+@pytest.mark.parametrize("rim_px", [1.0, 5.0])
+def test_glass_becomes_solid_with_the_same_outline(rim_px: float) -> None:
+    opaque = prepare_picture(with_alpha(disc_alpha(1.0, rim_px)), CONFIG)
+    glass = prepare_picture(with_alpha(disc_alpha(0.55, rim_px)), CONFIG)
+    assert np.abs(opaque.mask - disc_alpha(1.0, rim_px) / 255).max() < 0.03
+    assert np.abs(glass.mask - opaque.mask).max() < 0.06
+    assert glass.box == opaque.box
+
+
+def test_a_glass_shade_on_an_opaque_foot_is_solid_down_to_the_foot() -> None:
+    alpha = disc_alpha(0.5)
+    alpha[120:136, 40:216] = 255
+    mask = prepare_picture(with_alpha(alpha), CONFIG).mask
+    assert mask[60:200, 100:156].min() == 1
+
+
+def test_shadows_and_wires_keep_their_alpha() -> None:
+    alpha = disc_alpha(1.0)
+    alpha[200:240, 100:156] = np.maximum(alpha[200:240, 100:156], 80)  # a cast shadow
+    alpha[10:40, 20] = 120  # a wire that covers half of each pixel
+    mask = prepare_picture(with_alpha(alpha), CONFIG).mask
+    wanted = alpha / np.float32(255)
+    assert (mask[alpha == 80] == wanted[alpha == 80]).all()
+    assert set(np.unique(mask[10:40, 20])) <= {np.float32(0), np.float32(120 / 255)}
+
+
 def test_files_and_bytes_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "figure.png").write_bytes(png(figure()))
     one, other = prepare_picture(tmp_path / "figure.png", CONFIG), prepare_picture(png(figure()), CONFIG)

@@ -28,6 +28,11 @@ LEAST_DETAIL = 0.02
 SMALL_OBJECT_SIDE = 128
 """An object whose longer side has fewer pixels gets a blurred texture: worth a warning."""
 
+EMPTY_ALPHA, TRANSLUCENT_ALPHA = 0.1, 0.4
+"""Alpha up to which nothing is there, and from which it is a translucent object; in between are cast shadows."""
+RIM_REACH = 0.02
+"""Width of an object's soft rim at most, as a part of the picture's longer side."""
+
 
 @dataclass(frozen=True)
 class PreparedPicture:
@@ -36,7 +41,7 @@ class PreparedPicture:
     rgb: Float[ndarray, "height width 3"]
     """The object's own colors, float32: no background at the rim, and spread on beyond the mask."""
     mask: Mask
-    """Soft alpha of the object, float32 in [0, 1]."""
+    """Soft alpha of the object, float32 in [0, 1]; 1 inside, also where the object is translucent."""
     depth: Mask | None
     """Distances, larger is farther; metric along the optical axis, or relative: right up to scale and offset."""
     depth_kind: Literal["relative", "metric"]
@@ -117,7 +122,7 @@ def _find_mask(picture: Picture, config: PictureConfig, mask: Source | ndarray |
                 "save it with its object opaque, or give a mask"
             )
         if _says_something(alpha):
-            return _without_dust(alpha), "alpha"
+            return _solid(_without_dust(alpha)), "alpha"
     return matte(np.ascontiguousarray(picture.rgba[..., :3]), config)
 
 
@@ -133,6 +138,21 @@ def _without_dust(alpha: Mask) -> Mask:
     areas[0] = 0
     keep = areas >= 1e-3 * areas.max()
     return np.where(keep[labels], alpha, 0).astype(np.float32)
+
+
+def _solid(alpha: Mask) -> Mask:
+    """Alpha with glass and the like as opaque as the rest: a mesh's surface is there or it is not.
+
+    Soft rims stay as soft; parts that are all rim, such as hair and wires, stay as they are.
+    """
+    reach = max(2, round(RIM_REACH * max(alpha.shape)))
+    is_inner = cv2.distanceTransform((alpha > EMPTY_ALPHA).astype(np.uint8), cv2.DIST_L2, 3) > reach
+    # A rim's own alpha is that of the object behind it, and no other rim's.
+    core = np.where(is_inner & (cv2.erode(alpha, np.ones((3, 3))) >= TRANSLUCENT_ALPHA), alpha, 0)
+    size = 2 * (reach + 2) + 1
+    behind = cv2.dilate(core, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
+    rim = np.where(behind > 0, (alpha / np.maximum(behind, TRANSLUCENT_ALPHA)).clip(0, 1), alpha)
+    return np.where(is_inner & (alpha >= TRANSLUCENT_ALPHA), 1, rim).astype(np.float32)
 
 
 def _read_mask(source: Source | ndarray, height: int, width: int, config: PictureConfig) -> Mask:
