@@ -46,6 +46,23 @@ def fast_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if any(probe is not None and probe() for probe in probes) else torch.float32
 
 
+def distances_to_clean(own: Float[Tensor, "n 4 h w"], clean: Float[Tensor, "n 4 h w"]) -> Float[Tensor, "n 4 h w"]:
+    """What is to be taken off views, premultiplied RGBA, to become the clean ones: their difference, but that inside the object
+    opacity and color do not answer for each other.
+
+    The network is not sure of its outline: inside it says an alpha of 0.97 and colors as much darker. An opaque surface cannot
+    follow in opacity, and would in color, step by step: rear sides came out 0.04 darker than the truth. So the difference of
+    premultiplied colors a c - a' c' is parted into a (c - c'), which is left to the colors, and (a - a') c', which pulls at
+    the opacity as strongly as before: |c'|^2 (a - a').
+    """
+    alpha, own_alpha = clean[:, 3:], own[:, 3:]
+    is_inside = (alpha > 0.5) & (own_alpha > 0.5)
+    straight = clean[:, :3] / alpha.clamp(min=0.5)
+    colors = own[:, :3] - torch.where(is_inside, straight * own_alpha, clean[:, :3])
+    pull = torch.where(is_inside, 1 + straight.square().sum(1, keepdim=True), 1.0)
+    return torch.cat([colors, pull * (own_alpha - alpha)], 1)
+
+
 class EmbeddedPrior:
     """View-conditioned diffusion at 64 px, weights included. Satisfies `guidance.interfaces.Guidance`."""
 
@@ -98,7 +115,8 @@ class EmbeddedPrior:
         generator: torch.Generator | None = None,
     ) -> GuidanceResult:
         """Score distillation in its denoised-picture form: the gradient of half the summed squared difference to the
-        pictures the prior sees behind a noised version of these. All views share one noise level and see each other.
+        pictures the prior sees behind a noised version of these (`distances_to_clean`). All views share one noise level and see
+        each other.
 
         See `Guidance.gradient` for the arguments.
         """
@@ -129,7 +147,7 @@ class EmbeddedPrior:
         noisy = alpha * (small.detach() * 2 - 1) + sigma * noise
         rows = camera_rows(cameras.to(self.device), self._base_azimuth_rad)
         clean = (self._ready().denoised(noisy, t, rows, self.config.scale, is_joint=True) + 1) / 2
-        difference = small.detach() - clean
+        difference = distances_to_clean(small.detach(), clean)
         # As a loss: given a gradient, torch imports its symbolic shapes and sympy with them, a third of a second of every job.
         with torch.enable_grad():
             loss = (small * difference).sum()
