@@ -273,6 +273,8 @@ def test_the_gradient_is_that_of_half_the_summed_squared_difference(config, size
     result = ready(config).gradient(rgba.detach(), orbit([30, 200], size=size), 0.5, seeded())
     mode = {"mode": "area"} if size > 64 else {"mode": "bilinear", "align_corners": False}
     small = rgba if size == 64 else F.interpolate(rgba, size=(64, 64), **mode)
+    assert float(result.loss) == pytest.approx(float((small - result.denoised).detach().square().mean()), rel=1e-4)
+    assert result.denoised.min() >= 0 and result.denoised.max() <= 1
     wanted, pull = result.denoised.clone(), torch.ones(2, 1, 64, 64)
     for view, row, column in itertools.product(range(2), range(64), range(64)):
         own, alpha = small[view, 3, row, column].item(), wanted[view, 3, row, column].item()

@@ -115,8 +115,8 @@ class EmbeddedPrior:
         generator: torch.Generator | None = None,
     ) -> GuidanceResult:
         """Score distillation in its denoised-picture form: the gradient of half the summed squared difference to the
-        pictures the prior sees behind a noised version of these (`distances_to_clean`). All views share one noise level and see
-        each other.
+        pictures the prior sees behind a noised version of these, parted into colors and opacity as `distances_to_clean` says.
+        All views share one noise level and see each other.
 
         See `Guidance.gradient` for the arguments.
         """
@@ -152,7 +152,7 @@ class EmbeddedPrior:
         with torch.enable_grad():
             loss = (small * difference).sum()
         (gradient,) = torch.autograd.grad(loss, pictures)
-        return GuidanceResult(gradient.to(rgba), difference.square().mean(), clean)
+        return GuidanceResult(gradient.to(rgba), (small.detach() - clean).square().mean(), clean)
 
     def sample_views(
         self,
