@@ -24,6 +24,12 @@ N_SAMPLED_RAYS = 4096
 """Rays a step of the fit to sampled views."""
 LOST_SCORE = -9.0
 """Hull score under which a point is nowhere near any sampled silhouette: about two and a half views see nothing there."""
+FRAMES = ((VIEW_HALF_FRAME, 0.84), (1.0, 0.84), (1.1, 0.92), (1.3, math.inf))
+"""Half sides of the sampled views, and how much of them silhouettes may fill; where they fill more, the next is taken. The
+prior was trained on frames that fit their object and takes the frame as a hint of its size: in one that a long object would
+leave it draws the object short, in one too wide it draws it long."""
+RING_ELEVATIONS_DEG = (0.0, 30.0)
+"""In turn. From the level the hull has no wedge under the object."""
 HULL_CELLS = 72
 """Cells a side of the hull that sampled views are carved into."""
 
@@ -31,7 +37,7 @@ HULL_CELLS = 72
 def ring_cameras(condition: Camera, n_views: int, half_frame: float, size: int) -> Camera:
     """Views of the warm start: all around except the reference's own place, at two heights."""
     azimuths = torch.arange(1, n_views + 1) * (2 * math.pi / (n_views + 1))
-    elevations = torch.deg2rad(torch.tensor([5.0, 30.0])).repeat(n_views)[:n_views]
+    elevations = torch.deg2rad(torch.tensor(RING_ELEVATIONS_DEG)).repeat(n_views)[:n_views]
     half_frames = torch.full((n_views,), half_frame)
     return view_cameras(half_angle_tangent(condition), azimuths, elevations, half_frames, size)
 
@@ -62,7 +68,7 @@ def sample_warm_start(
     """Let the prior draw the object from all around, once; the fit to these views gives score distillation its start."""
     assert sampler is not None, "a job with a warm start has someone to draw its views"
     settings = config.optimize
-    for half_frame in (VIEW_HALF_FRAME, 1.15):
+    for half_frame, full in FRAMES:
         state.half_frame = half_frame
         cameras = ring_cameras(condition, settings.warm_start_views, half_frame, config.render.size)
         cameras = cameras.to(state.device)
@@ -75,12 +81,22 @@ def sample_warm_start(
             temperature=settings.warm_start_temperature,
             on_step=lambda k: _sampling_step(k, settings.warm_start_sampling, monitor),
         )
-        border = torch.cat([state.sampled[:, 3, :, :1], state.sampled[:, 3, :, -1:]], -1)
-        if (border > 0.5).float().mean() < 0.02:
+        if (filled := filled_part(state.sampled[:, 3])) < full:
             break
-        log.info("the object is deeper than it is wide: its views are drawn again from farther away")
+        log.info("the object fills %.2f of views with a half frame of %.2f: they are drawn again", filled, half_frame)
     if settings.carve:
         carve(state, cameras)
+
+
+def filled_part(opacities: Float[Tensor, "n size size"]) -> float:
+    """How far from the middle, of the way to the border, silhouettes reach: all but the two that reach farthest, which may
+    be mistaken."""
+    size = opacities.shape[-1]
+    columns = torch.arange(size, device=opacities.device)
+    distances = torch.maximum(size - columns, columns + 1) * (2 / size) - 1
+    is_seen = opacities > 0.5
+    reach = ((is_seen.any(1) | is_seen.any(2)) * distances).amax(1)
+    return float(reach.sort().values[max(0, len(reach) - 3)])
 
 
 def _sampling_step(step: int, n_steps: int, monitor: Monitor) -> None:

@@ -27,7 +27,7 @@ from conrad_engine.preprocess.framing import frame_object
 from conrad_engine.rendering.renderer import render_picture
 from conrad_engine.state import make_state
 from conrad_engine.step import azimuth_reach, random_cameras
-from conrad_engine.warm_start import half_angle_tangent, ring_cameras
+from conrad_engine.warm_start import filled_part, half_angle_tangent, ring_cameras, sample_warm_start
 
 RADIUS = 0.575
 """The ball whose silhouette, in perspective, is the disc of the picture."""
@@ -103,6 +103,38 @@ def ball_error(state, frame) -> float:
         picture = render_picture(state.constrained, cameras[index], 64)
         error.append((picture.opacities - truth[3]).abs().mean())
     return float(torch.stack(error).mean())
+
+
+@pytest.mark.parametrize(
+    ("radius", "half_frames"),
+    [(0.6, [0.85]), (0.76, [0.85, 1.0]), (0.95, [0.85, 1.0, 1.1]), (1.5, [0.85, 1.0, 1.1, 1.3])],
+)
+def test_the_frame_grows_until_the_object_fits(radius, half_frames):
+    """Parallel rays, so that a ball of a radius reaches `radius / half_frame` of the way to the border."""
+    state, config, frame, _ = toy(warm=4)
+    asked = []
+
+    class Sampler:
+        def sample_views(self, cameras, **_):
+            half = half_angle_tangent(frame.condition) * float(cameras.positions[0].norm())
+            asked.append(round(half, 4))
+            grid = (torch.arange(64) + 0.5) / 32 - 1
+            disc = (grid[:, None].square() + grid.square()).sqrt() < radius / half
+            return disc.float().expand(len(cameras), 4, 64, 64)
+
+    sample_warm_start(state, Sampler(), frame.condition, config, Monitor())
+    assert asked == half_frames and state.half_frame == half_frames[-1]
+
+
+def test_a_frame_is_filled_as_far_as_all_silhouettes_but_two_reach():
+    opacities = torch.zeros(5, 16, 16)
+    assert filled_part(opacities) == 0
+    opacities[:3, 8, 8:13] = 1  # the outer edge of column 12 is five of the eight pixels from the middle to the border
+    opacities[3:, 0, 7] = 1
+    assert filled_part(opacities) == 5 / 8
+    opacities[2, 15, 3] = 0.6
+    assert filled_part(opacities) == 1
+    assert filled_part(opacities[:1] * 0.4) == 0 and filled_part(opacities[3:4]) == 1
 
 
 @pytest.mark.parametrize(

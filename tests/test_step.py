@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from conrad_engine import step as steps
+from conrad_engine import warm_start
 from conrad_engine.adam import Adam
 from conrad_engine.config import EmbeddedPriorConfig
 from conrad_engine.fields.radiance_field import make_field
@@ -86,7 +87,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", FROZEN)
-def test_runs_end_where_the_first_version_of_the_loop_ended(case):
+def test_runs_end_where_the_first_version_of_the_loop_ended(case, monkeypatch):
+    monkeypatch.setattr(warm_start, "RING_ELEVATIONS_DEG", (5.0, 30.0))
     state, config, frame, _ = CASES[case]()
     run(state, config, frame)
     norms = [float(p.detach().double().norm()) for p in state.field.parameters()]
