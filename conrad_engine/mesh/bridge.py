@@ -39,6 +39,7 @@ ANY_NEIGHBOR = np.ones((3, 3, 3), bool)
 def join_parts(
     values: Float[np.ndarray, "x y z"],
     hull: Float[np.ndarray, "x y z"],
+    room: Float[np.ndarray, "x y z"],
     cell: float,
     low: Float[np.ndarray, "3"],
     cameras: list[Camera],
@@ -51,7 +52,8 @@ def join_parts(
 
     Args:
         values: Signed distances, positive inside, world units.
-        hull: Signed distances to the silhouettes' cones: rods end `SLACK_CELLS` outside.
+        hull: Signed distances to what the parts must stay in, the silhouettes' cones.
+        room: Those to what rods must stay in.
         cell: Side of a cell, world units.
         low: World position of the first cell.
         cameras: Of the pictures.
@@ -94,7 +96,7 @@ def join_parts(
         _add_rod(rods, start, end, cell)
         joined = np.concatenate([joined, cells[part]])
         waiting = [k for k in waiting if k != part]
-    return np.maximum(np.minimum(values, hull), np.minimum(rods, hull + SLACK_CELLS * cell))
+    return np.maximum(np.minimum(values, hull), np.minimum(rods, room))
 
 
 def _factor_beside(part: np.ndarray, main: np.ndarray, low: np.ndarray, cell: float, camera: Camera) -> float | None:

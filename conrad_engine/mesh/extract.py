@@ -3,7 +3,8 @@
 The field knows the surface to about one of its own cells. The picture knows the outline to a fraction of a pixel. So a signed
 distance to the surface of one density, positive inside, is changed in three steps:
 
-- parts of a silhouette that the surface misses (a thin leg weaker than the level) get a body where their rays met the field;
+- parts of a silhouette that the surface misses (a thin leg weaker than the level) get a body where their rays met the field,
+  and so do wires (`threads`), which are narrower than cells;
 - near the outline the surface moves outward or inward until its silhouette is the mask's;
 - what still stands out of a silhouette's cone (the visual hull) is cut off.
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 from ..cameras import Camera
 from ..config import MeshConfig
 from ..errors import MeshError
-from .bridge import MAX_GAP, join_parts
+from .bridge import MAX_GAP, SLACK_CELLS, join_parts
 from .mesh import Mesh
 from .outline import (
     REACH_CELLS,
@@ -42,6 +43,7 @@ from .outline import (
     surface_distances,
 )
 from .raster import rasterize
+from .threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -162,23 +164,26 @@ def extract_mesh(
     level = config.level if config.level > 0 else _best_level(grid, densities, views)
     values = surface_distances(_level_set(densities, level, grid.cell), grid.cell)
     mesh = grid.surface(values)
-    for view in views:
+    threads = [Threads.of(view, grid.cell) for view in views]
+    for view, thin in zip(views, threads):
         weaker = (_level_set(densities, lower, grid.cell) for lower in reversed(LEVELS) if lower < level)
-        values, mesh = _with_missing_parts(values, mesh, weaker, grid, view)
+        values, mesh = _with_missing_parts(values, mesh, weaker, grid, view, thin)
     for _ in range(N_OUTLINE_ROUNDS if views else 0):
         values = values + np.sum(
             [grid.evaluate(outline_correction(mesh, view, SILHOUETTE, grid.cell)) for view in views], axis=0
         )
         mesh = grid.surface(values)
-        for view in views:  # where an outline came in from two sides it may have opened a hole
-            values, mesh = _with_missing_parts(values, mesh, [], grid, view)
+        for view, thin in zip(views, threads):  # where an outline came in from two sides it may have opened a hole
+            values, mesh = _with_missing_parts(values, mesh, [], grid, view, thin)
     if views:
-        hull = np.minimum.reduce([grid.evaluate(hull_distances(view.mask, view.camera)) for view in views])
+        cones = [grid.evaluate(hull_distances(view.mask, view.camera)) for view in views]
+        wider = [np.maximum(cone, grid.evaluate(thin.room)) for cone, thin in zip(cones, threads)]
+        hull, room = np.minimum.reduce(wider), np.minimum.reduce(cones) + SLACK_CELLS * grid.cell
         values = np.minimum(values, hull)
         if config.max_components == 1:
             longest_rod = MAX_GAP * max(whole.shape)
             cameras = [view.camera for view in views]
-            values = join_parts(values, hull, grid.cell, grid.corner, cameras, longest_rod, may_move)
+            values = join_parts(values, hull, room, grid.cell, grid.corner, cameras, longest_rod, may_move)
         mesh = grid.surface(values)
     if not len(mesh.faces):
         raise MeshError(NO_SURFACE)
@@ -250,7 +255,7 @@ def _silhouette_iou(mesh: Mesh, view: SurfaceView) -> float:
 
 
 def _with_missing_parts(
-    values: np.ndarray, mesh: Mesh, weaker: Iterable[np.ndarray], grid: _Grid, view: SurfaceView
+    values: np.ndarray, mesh: Mesh, weaker: Iterable[np.ndarray], grid: _Grid, view: SurfaceView, threads: Threads
 ) -> tuple[np.ndarray, Mesh]:
     """The level set united, over every part of the silhouette that it leaves open, with the first that closes it.
 
@@ -262,20 +267,43 @@ def _with_missing_parts(
     for candidate in chain(weaker, [None]):
         front = rasterize(mesh.vertices, mesh.faces, camera).z_depths
         # Slices of a weaker level set would leave frays where only a bit is missing.
-        open_part = _open_part(front > 0, soft > 0.5, with_breaks=candidate is None)
+        open_part = _open_part(front > 0, (soft > 0.5) & ~threads.mask, with_breaks=candidate is None)
         if not open_part.any():
             break
         log.info("the surface leaves %.1f %% of a silhouette open", 100 * open_part.sum() / (soft > 0.5).sum())
-        window = grid.evaluate(hull_distances(open_part.astype(np.float32), camera))
-        box = _box_around(window > -MARGIN_CELLS * grid.cell, 0)
-        if candidate is None:
-            part = grid.part(box).evaluate(_body(view, front, soft, camera, grid.cell))
-        else:
-            part = surface_distances(candidate[box], grid.cell)
-        values = values.copy()
-        values[box] = np.maximum(values[box], np.minimum(part, window[box]))
+        part = _bodies(view, threads, front, grid) if candidate is None else _slices(candidate, grid)
+        values = _united(values, part, open_part, camera, grid)
         mesh = grid.surface(values)
+    if threads.mask.any():
+        front = rasterize(mesh.vertices, mesh.faces, camera).z_depths
+        broken = threads.broken(front > 0)
+        if broken.any():
+            part = _bodies(view, threads, np.where(broken, 0, front), grid)
+            values = _united(values, part, binary_dilation(broken, iterations=RIM_PX), camera, grid)
+            mesh = grid.surface(values)
     return values, mesh
+
+
+def _united(
+    values: np.ndarray, part: Callable[[tuple[slice, ...]], np.ndarray], area: np.ndarray, camera: Camera, grid: _Grid
+) -> np.ndarray:
+    """The level set united with another, whose values in a box `part` says, within an area of a camera's picture."""
+    window = grid.evaluate(hull_distances(area.astype(np.float32), camera))
+    box = _box_around(window > -MARGIN_CELLS * grid.cell, 0)
+    values = values.copy()
+    values[box] = np.maximum(values[box], np.minimum(part(box), window[box]))
+    return values
+
+
+def _slices(level_set: np.ndarray, grid: _Grid) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    return lambda box: surface_distances(level_set[box], grid.cell)
+
+
+def _bodies(
+    view: SurfaceView, threads: Threads, front: np.ndarray, grid: _Grid
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    body = _body(view, threads, front, grid.cell)
+    return lambda box: grid.part(box).evaluate(body)
 
 
 def _open_part(covered: np.ndarray, mask: np.ndarray, with_breaks: bool) -> np.ndarray:
@@ -296,21 +324,19 @@ def _open_part(covered: np.ndarray, mask: np.ndarray, with_breaks: bool) -> np.n
     return binary_dilation(missing, iterations=RIM_PX) if missing.any() else missing
 
 
-def _body(
-    view: SurfaceView, front: np.ndarray, soft: np.ndarray, camera: Camera, cell: float
-) -> Callable[[Tensor], Tensor]:
+def _body(view: SurfaceView, threads: Threads, front: np.ndarray, cell: float) -> Callable[[Tensor], Tensor]:
     """Signed distance inside a body as thick as its silhouette is wide, up to a slab, that grows out of the surface.
 
     Args:
         front: z-depths of the surface so far, 0 where it is open.
-        soft: The mask, with the pixels of `camera`.
     """
+    camera, soft = view.resized(SILHOUETTE)
     camera = camera.to("cpu", torch.float32)
     along_axis = (camera.rays()[1] @ camera.forward).view(soft.shape).numpy()
     known = (front > 0) & (soft > 0.5)
     met = _filled(resized_nearest(view.distances, soft.shape), soft)
     size = float(np.median(met)) / float(camera.intrinsics[0])
-    inside = np.maximum(outline_distances(soft), 0) * size
+    inside = np.maximum(np.maximum(outline_distances(soft), threads.distances), 0) * size
     half_width = maximum_filter(inside, 2 * int(np.ceil(MAX_BODY_CELLS * cell / size)) + 1)
     half_width = np.clip(half_width, SHEET_CELLS * cell, MAX_BODY_CELLS * cell)
     middle = continued(np.where(known, front / along_axis + half_width, np.nan), soft > 0.5, met)
