@@ -62,6 +62,22 @@ def test_broken_threads_are_those_with_a_gap():
     assert np.array_equal(threads.broken(covered), wire)
 
 
+def test_a_threads_depth_is_between_those_of_its_ends():
+    disk, wire = disk_and_wire()
+    wire &= ~disk
+    island = np.roll(wire, 60, axis=0)
+    threads = Threads(camera(), wire | island, np.zeros(wire.shape, np.float32))
+    known = np.where(disk, 2.0, np.nan)
+    known[98:103, 280:285] = 2.5
+    v, u = np.mgrid[:200, :300]
+    clipped = threads.clipped(1.0 + u / 100, known)
+    assert clipped[100, [110, 130, 200]].tolist() == [2.1, 2.3, 2.5]
+    assert clipped[160, [110, 270]].tolist() == [2.1, 3.7], "nothing is known beside it"
+    assert clipped[10, 270] == 3.7
+    nothing = threads.clipped(1.0 + u / 100, np.full(wire.shape, np.nan))
+    assert np.array_equal(nothing, 1.0 + u / 100)
+
+
 @pytest.mark.parametrize("field_has_it", [False, True], ids=["the field lacks it", "the field has bits of it"])
 def test_a_wire_thinner_than_a_cell_is_whole_and_thin(field_has_it):
     """Its width is a sixth of a cell's; it runs around the ball, from its top to its side."""

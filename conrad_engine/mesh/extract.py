@@ -339,7 +339,10 @@ def _body(view: SurfaceView, threads: Threads, front: np.ndarray, cell: float) -
     inside = np.maximum(np.maximum(outline_distances(soft), threads.distances), 0) * size
     half_width = maximum_filter(inside, 2 * int(np.ceil(MAX_BODY_CELLS * cell / size)) + 1)
     half_width = np.clip(half_width, SHEET_CELLS * cell, MAX_BODY_CELLS * cell)
-    middle = continued(np.where(known, front / along_axis + half_width, np.nan), soft > 0.5, met)
+    distances = np.where(known, front / along_axis + half_width, np.nan)
+    # Rays through a wire mostly met nothing: what is said of them there counts as far as its ends are.
+    hint = threads.clipped(met, distances)
+    middle = continued(distances, soft > 0.5, hint)
 
     def evaluate(positions: Tensor) -> Tensor:
         center, z_depths = lookup(middle, camera, positions)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.ndimage import distance_transform_edt, label, maximum
+from scipy.ndimage import distance_transform_edt, label, maximum, minimum
 from torch import Tensor
 
 from ..cameras import Camera
@@ -23,6 +23,8 @@ WIDENING_CELLS = 0.7
 """Threads stand out of their outline by so much on either side: the corner of some cell is always inside."""
 LEAST_PIXELS = 12
 """Smaller ones, or ones smaller than the square of half a thread's width, are the tips of corners."""
+BESIDE_PX = 5
+"""What is so near to a thread tells where its ends are."""
 ANY_NEIGHBOR = np.ones((3, 3), bool)
 
 
@@ -54,6 +56,22 @@ class Threads:
         parts, n_parts = label(self.mask, ANY_NEIGHBOR)
         shares = np.bincount(parts[covered], minlength=n_parts + 1) / np.bincount(parts.ravel())
         return self.mask & (shares < least)[parts]
+
+    def clipped(self, values: Float[np.ndarray, "h w"], known: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
+        """Values with each thread's between the least and the largest that is known (not nan) beside it, if any is."""
+        parts, n_parts = label(self.mask, ANY_NEIGHBOR)
+        if not n_parts:
+            return values
+        far, nearest = distance_transform_edt(~self.mask, return_indices=True)
+        beside = np.where(np.isfinite(known) & (far <= BESIDE_PX), parts[tuple(nearest)], 0)
+        chosen = beside > 0
+        if not chosen.any():
+            return values
+        low, high = np.full(n_parts + 1, -np.inf), np.full(n_parts + 1, np.inf)
+        found = np.unique(beside[chosen])
+        low[found] = minimum(known[chosen], beside[chosen], found)
+        high[found] = maximum(known[chosen], beside[chosen], found)
+        return np.clip(values, low[parts], high[parts])
 
 
 def find_threads(mask: Bool[np.ndarray, "h w"], cell_px: float) -> Bool[np.ndarray, "h w"]:
