@@ -54,7 +54,7 @@ class Threads:
     def broken(self, covered: Bool[np.ndarray, "h w"], least: float = 0.95) -> Bool[np.ndarray, "h w"]:
         """The threads that a surface does not cover from end to end, but for a small part."""
         parts, n_parts = label(self.mask, ANY_NEIGHBOR)
-        shares = np.bincount(parts[covered], minlength=n_parts + 1) / np.bincount(parts.ravel())
+        shares = np.bincount(parts[covered], minlength=n_parts + 1) / np.bincount(parts.ravel()).clip(min=1)
         return self.mask & (shares < least)[parts]
 
     def clipped(self, values: Float[np.ndarray, "h w"], known: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
