@@ -177,7 +177,10 @@ def extract_mesh(
             values, mesh = _with_missing_parts(values, mesh, [], grid, view, thin)
     if views:
         cones = [grid.evaluate(hull_distances(view.mask, view.camera)) for view in views]
-        wider = [np.maximum(cone, grid.evaluate(thin.room)) for cone, thin in zip(cones, threads)]
+        wider = [
+            np.maximum(cone, grid.evaluate(thin.room)) if thin.mask.any() else cone
+            for cone, thin in zip(cones, threads)
+        ]
         hull, room = np.minimum.reduce(wider), np.minimum.reduce(cones) + SLACK_CELLS * grid.cell
         values = np.minimum(values, hull)
         if config.max_components == 1:

@@ -25,6 +25,8 @@ LEAST_PIXELS = 12
 """Smaller ones, or ones smaller than the square of half a thread's width, are the tips of corners."""
 BESIDE_PX = 5
 """What is so near to a thread tells where its ends are."""
+COVERED_SHARE = 0.95
+"""A thread of which a surface covers less is broken."""
 ANY_NEIGHBOR = np.ones((3, 3), bool)
 
 
@@ -51,11 +53,11 @@ class Threads:
         pixels, z_depths = lookup(self.distances, self.camera, positions)
         return torch.where(z_depths > 0, pixels * z_depths / float(self.camera.intrinsics[0]), -1.0)
 
-    def broken(self, covered: Bool[np.ndarray, "h w"], least: float = 0.95) -> Bool[np.ndarray, "h w"]:
+    def broken(self, covered: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
         """The threads that a surface does not cover from end to end, but for a small part."""
         parts, n_parts = label(self.mask, ANY_NEIGHBOR)
         shares = np.bincount(parts[covered], minlength=n_parts + 1) / np.bincount(parts.ravel()).clip(min=1)
-        return self.mask & (shares < least)[parts]
+        return self.mask & (shares < COVERED_SHARE)[parts]
 
     def clipped(self, values: Float[np.ndarray, "h w"], known: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
         """Values with each thread's between the least and the largest that is known (not nan) beside it, if any is."""
