@@ -2,12 +2,15 @@
 
 Names against the article (blog 'Detail-preserving image-to-3D generation', arXiv:2311.05230): `picture` I, `distances` ρ(x)
 (along the reference ray), `surface` d_ref, `delta` δ, `shell_density` λ, `fraction` 0.05, field F_θ with density σ_θ.
-Two deviations, both needed: the depth rule is normalised (see `rendering.compositing.quantile_distances`), and the printed
-tests on T_ref compare a distance with a distance. d_ref carries no gradient: it is the field's own, looked up.
+Three deviations, all needed: the depth rule is normalised (see `rendering.compositing.quantile_distances`), the printed
+tests on T_ref compare a distance with a distance, and while the shape forms the picture is shown softened (see
+`ConstrainedField.soften`). d_ref carries no gradient: it is the field's own, looked up.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -68,6 +71,18 @@ class ReferenceView:
             surface = F.interpolate(surface[None], size, mode="nearest-exact")[0]
         return ReferenceView(rgb, mask, self.camera.resized(size[1], size[0]), surface)
 
+    def softened(self, width: float) -> Float[Tensor, "3 height width"]:
+        """The colors blurred inside the mask, by a Gaussian of this standard deviation in world units at the origin's depth."""
+        focal, distance = float(self.camera.intrinsics[0]), float(self.camera.positions.norm())
+        sigma = width * focal / distance
+        offsets = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1, device=self.rgb.device)
+        kernel = torch.exp(-(offsets / sigma).square() / 2).expand(4, 1, 1, -1)
+        weight = self.mask + 1e-3
+        sums = torch.cat([self.rgb * weight, weight])[None]
+        for kernel_of_axis in (kernel, kernel.mT):
+            sums = F.conv2d(sums, kernel_of_axis, padding="same", groups=4)
+        return sums[0, :3] / sums[0, 3:]
+
 
 def reference_view(
     rgb: np.ndarray, mask: np.ndarray, camera: Camera, surface: np.ndarray | None = None
@@ -100,6 +115,8 @@ class _View(nn.Module):
         super().__init__()
         coarse = view.resized(config.depth_size).to(device)
         self.picture = view.to(device)
+        self.soft_rgb = self.picture.rgb
+        """Colors as steps of the optimisation see them; see `ConstrainedField.soften`."""
         self.depth_camera = coarse.camera
         self.in_mask = coarse.mask[0] > 0.3
         self.inside = self.in_mask.flatten().nonzero()[:, 0]
@@ -171,10 +188,10 @@ class _Lookup:
     def distances(self) -> Float[Tensor, " n"]:
         return self.view.picture.camera.distances(self.positions)
 
-    def colors(self) -> Float[Tensor, "n 3"]:
+    def colors(self, is_soft: bool) -> Float[Tensor, "n 3"]:
         """The picture's."""
-        rgb = self.view.picture.rgb[None]
-        return F.grid_sample(rgb, self.grid, align_corners=False, padding_mode="border")[0, :, 0].T
+        rgb = self.view.soft_rgb if is_soft else self.view.picture.rgb
+        return F.grid_sample(rgb[None], self.grid, align_corners=False, padding_mode="border")[0, :, 0].T
 
 
 class ConstrainedField(nn.Module):
@@ -187,6 +204,7 @@ class ConstrainedField(nn.Module):
         self.fraction = config.fraction_start
         self.delta = config.delta
         self.has_shell = config.kind == "known_depth"
+        self.is_soft = False
 
     @property
     def aabb(self) -> Tensor:
@@ -198,6 +216,26 @@ class ConstrainedField(nn.Module):
         for mine, theirs in zip(self.views, other.views):
             theirs.surface = mine.surface.clone()
         other.fraction, other.delta, other.has_shell = self.fraction, self.delta, self.has_shell
+        return other
+
+    def soften(self, width: float) -> None:
+        """From now on show the pictures blurred, as steps of the optimisation should see them (inferred form only).
+
+        What other views are compared with is blurry, and places small print a little elsewhere. The print itself cannot give
+        way, so the surface would: dark letters on a light panel became holes, through which the field's free colors show.
+
+        Args:
+            width: Standard deviation of the blur, world units.
+        """
+        if self.config.kind == "inferred_depth":
+            self.is_soft = True
+            for view in self.views:
+                view.soft_rgb = view.picture.softened(width)
+
+    def sharp(self) -> ConstrainedField:
+        """The same field with the pictures as they are: what is shown and measured."""
+        other = copy.copy(self)
+        other.is_soft = False
         return other
 
     def set_progress(self, progress: float) -> None:
@@ -250,7 +288,7 @@ class ConstrainedField(nn.Module):
             share = _share(behind, seen.surface, self.config.softness)
             wins = share * (behind.abs() < nearest) if len(lookups) > 1 else share
             nearest = torch.where(wins > 0, behind.abs(), nearest)
-            color = torch.lerp(color, seen.colors(), wins[:, None])
+            color = torch.lerp(color, seen.colors(self.is_soft), wins[:, None])
         return density, color
 
 

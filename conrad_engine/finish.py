@@ -282,7 +282,7 @@ def render_field(
     device = state.field.aabb.device
     settings = FIELD_SAMPLES, state.occupancy, min(FIELD_POINTS, config.render.max_points)
     camera = state.constrained.views[0].picture.to(device).camera
-    trained = render_picture(state.constrained, camera, *settings, on_chunk=check)
+    trained = render_picture(state.constrained.sharp(), camera, *settings, on_chunk=check)
     shown = full.with_pictures([seen])
     return trained, render_picture(shown, seen.to(device).camera, *settings, with_normals=True, on_chunk=check)
 

@@ -398,9 +398,8 @@ def _show(state: State, frame: Frame, config: PipelineConfig, monitor: Monitor) 
     )
     seen = to_object.camera(camera).to(state.field.aabb.device, torch.float32)
     state.field.prepare()
-    picture = render_picture(
-        state.constrained, seen, PREVIEW_SAMPLES, state.occupancy, config.render.max_points, config.render.early_stop
-    )
+    settings = PREVIEW_SAMPLES, state.occupancy, config.render.max_points, config.render.early_stop
+    picture = render_picture(state.constrained.sharp(), seen, *settings)
     opacities = picture.opacities[..., None]
     rgba = torch.cat([picture.rgb / opacities.clamp(min=1e-3), opacities], -1)
     monitor.preview((rgba.clamp(0, 1) * 255).round().byte().cpu().numpy(), camera)

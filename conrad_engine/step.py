@@ -32,6 +32,8 @@ N_SURFACE_UPDATES = 200
 """Times that a long run infers its surfaces anew."""
 ENTROPY_FROM = 0.3
 """Part of the run after which opacities are pushed to 0 or 1."""
+SOFT_PX = 1.4
+"""Blur of the constraint's picture while the shape forms, in pixels of the views it is seen beside."""
 N_DEPTHS = 16
 """Rays that must see a known depth for the depth loss to say anything."""
 DEPTH_LOSSES = {"correlation": losses.correlation_loss, "ranking": losses.ranking_loss}
@@ -101,6 +103,7 @@ class TrainStep:
         if structure != self._captured_structure:
             self._captured_structure = structure
             self.graphed.reset()
+            state.constrained.soften(SOFT_PX * 2 * state.half_frame / self._view_size)
         if self.ranks.count == 1:
             return self.graphed(*self._draw())
         loss, terms = self.graphed(*self._draw())

@@ -168,3 +168,46 @@ def test_resized_view_keeps_its_colors_at_the_rim(view):
     inside = small.mask[0] > 0.2
     exact = reduced_by_area(view.rgb * view.mask, *small.mask.shape[1:])
     assert (small.rgb - exact / small.mask.clamp(min=1e-3)).abs()[:, inside].max() < 0.02
+
+
+def blurred_slowly(view: ReferenceView, sigma: float) -> np.ndarray:
+    """Mean color of the mask's pixels around each pixel, weighted by a Gaussian of their distance."""
+    rgb, mask = view.rgb.permute(1, 2, 0).double().numpy(), view.mask[0].double().numpy() + 1e-3
+    height, width = mask.shape
+    rows, columns = np.mgrid[:height, :width]
+    found = np.empty_like(rgb)
+    for row in range(height):
+        for column in range(width):
+            near = (abs(rows - row) <= math.ceil(3 * sigma)) & (abs(columns - column) <= math.ceil(3 * sigma))
+            squared = ((rows - row) ** 2 + (columns - column) ** 2)[near]
+            weights = mask[near] * np.exp(-squared / (2 * sigma**2))
+            found[row, column] = (rgb[near] * weights[:, None]).sum(0) / weights.sum()
+    return found
+
+
+def test_softened_colors_are_means_inside_the_mask(view):
+    small = view.resized(24)
+    width = 0.08
+    sigma = width * float(small.camera.intrinsics[0]) / float(small.camera.positions.norm())
+    assert 0.8 < sigma < 3
+    found = small.softened(width).permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(found, blurred_slowly(small, sigma), atol=1e-5)
+
+
+def test_only_steps_see_the_softened_picture(view):
+    """What is shown, measured and textured is the picture as it is, also while the optimisation sees a softened one."""
+    constrained = ConstrainedField(random_field(0), [view], ConstraintConfig(delta=0.01, depth_size=512))
+    constrained.fraction = 0.05
+    constrained.infer_surfaces(256)
+    constrained.soften(0.05)
+    assert reference_error(constrained, view)[0].max() > 0.2
+    for shown in (constrained.sharp(), constrained.with_pictures([view])):
+        error, opacities = reference_error(shown, view)
+        assert float((error - 0.05 * opacities).max()) < 2e-3
+    assert constrained.is_soft, "steps go on with the softened one"
+
+
+def test_a_picture_loss_sees_the_picture_as_it_is(view):
+    constrained = ConstrainedField(random_field(0), [view], ConstraintConfig(kind="loss"))
+    constrained.soften(0.05)
+    assert not constrained.is_soft
