@@ -29,6 +29,11 @@ FILL = 0.9
 """Part of the frame that the object takes."""
 COLOR_SCALE_PX = 4.0
 """Width of the blur above which colors stay as they were."""
+HUE_SHARE = 0.3
+"""Part of a drawn change of hue that is painted; of lightness it is all."""
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+NEARLY_BLACK = 0.1
+"""Colors this dark have no hue to keep: they become lighter in gray."""
 CLEARANCE = 0.25
 """Least depth of a vertex in front of a camera, object frame."""
 
@@ -103,9 +108,21 @@ def redraw_texture(
             generator,
             config.detail_temperature,
         )
-        picture = drawn.permute(1, 2, 0).numpy()
-        canvas.paint(around, (spread(picture) + drift(picture, view.permute(1, 2, 0).numpy())).clip(0, 1))
+        canvas.paint(around, repainted(drawn.permute(1, 2, 0).numpy(), view.permute(1, 2, 0).numpy()))
     return canvas.textured()
+
+
+def repainted(drawn: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Straight colors (h, w, 3) of a redrawn view as they are painted: lighter and darker as it is drawn, but with little of
+    its own hue. Hue drawn where the texture is plain is mostly specks: green and red ones on a cream head.
+
+    Args:
+        drawn, before: Premultiplied RGBA of one silhouette.
+    """
+    own, wanted = spread(before), spread(drawn) + drift(drawn, before)
+    lighter = ((wanted - own) @ LUMA)[..., None]
+    along = lighter * (own + NEARLY_BLACK) / ((own @ LUMA)[..., None] + NEARLY_BLACK)
+    return (own + along + HUE_SHARE * (wanted - own - along)).clip(0, 1)
 
 
 def drift(drawn: np.ndarray, before: np.ndarray) -> np.ndarray:
