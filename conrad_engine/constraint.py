@@ -10,7 +10,6 @@ tests on T_ref compare a distance with a distance, and while the shape forms the
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from .cameras import Camera
@@ -75,13 +75,10 @@ class ReferenceView:
         """The colors blurred inside the mask, by a Gaussian of this standard deviation in world units at the origin's depth."""
         focal, distance = float(self.camera.intrinsics[0]), float(self.camera.positions.norm())
         sigma = width * focal / distance
-        offsets = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1, device=self.rgb.device)
-        kernel = torch.exp(-(offsets / sigma).square() / 2).expand(4, 1, 1, -1)
         weight = self.mask + 1e-3
-        sums = torch.cat([self.rgb * weight, weight])[None]
-        for kernel_of_axis in (kernel, kernel.mT):
-            sums = F.conv2d(sums, kernel_of_axis, padding="same", groups=4)
-        return sums[0, :3] / sums[0, 3:]
+        sums = torch.cat([self.rgb * weight, weight]).cpu().numpy()
+        sums = torch.from_numpy(gaussian_filter(sums, (0, sigma, sigma), mode="constant")).to(self.rgb)
+        return sums[:3] / sums[3:]
 
 
 def reference_view(

@@ -178,7 +178,7 @@ def blurred_slowly(view: ReferenceView, sigma: float) -> np.ndarray:
     found = np.empty_like(rgb)
     for row in range(height):
         for column in range(width):
-            near = (abs(rows - row) <= math.ceil(3 * sigma)) & (abs(columns - column) <= math.ceil(3 * sigma))
+            near = (abs(rows - row) <= round(4 * sigma)) & (abs(columns - column) <= round(4 * sigma))
             squared = ((rows - row) ** 2 + (columns - column) ** 2)[near]
             weights = mask[near] * np.exp(-squared / (2 * sigma**2))
             found[row, column] = (rgb[near] * weights[:, None]).sum(0) / weights.sum()

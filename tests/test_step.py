@@ -13,6 +13,7 @@ from conrad_engine import step as steps
 from conrad_engine import warm_start
 from conrad_engine.adam import Adam
 from conrad_engine.config import EmbeddedPriorConfig
+from conrad_engine.constraint import ConstrainedField
 from conrad_engine.fields.radiance_field import make_field
 from conrad_engine.graphs import GraphedStep, cloned, flat
 from conrad_engine.guidance.embedded.prior import EmbeddedPrior
@@ -20,7 +21,7 @@ from conrad_engine.guidance.interfaces import GuidanceResult, ReferencePicture, 
 from conrad_engine.ranks import Ranks
 from conrad_engine.rendering.renderer import render_picture, render_rays
 from conrad_engine.state import make_state, n_total_steps
-from conrad_engine.step import TrainStep, take_step
+from conrad_engine.step import SOFT_PX, TrainStep, take_step
 from conrad_engine.warm_start import ring_cameras
 
 from .host_reads import HostReads
@@ -263,6 +264,16 @@ def test_static_rendering_equals_compacted_rendering_and_its_gradients(generator
         results.append((seen.rgba.detach(), *(p.grad for p in state.field.parameters())))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_steps_see_the_picture_as_blurred_as_their_views(monkeypatch):
+    """In both stages, whose views have 32 and 48 pixels."""
+    widths = []
+    monkeypatch.setattr(ConstrainedField, "soften", lambda self, width: widths.append(width))
+    state, config, frame, _ = toy(steps=2, fine_steps=2)
+    run(state, config, frame)
+    reach = SOFT_PX * 2 * state.half_frame
+    assert sorted(set(widths)) == pytest.approx([reach / 48, reach / 32])
 
 
 def test_a_bad_step_changes_nothing_and_is_counted_in_a_row():
