@@ -245,6 +245,9 @@ class MeshConfig:
     """Connected parts kept, largest first, and what the picture shows apart from them; 0 keeps every part that is not dust."""
     n_faces: int = 40_000
     """Face budget after decimation."""
+    fairing: float = 0.025
+    """Lumps of the surface up to about four times this are taken off, object frame, whose longest side is about 1.2; 0 leaves
+    them."""
     texture_size: int = 1024
     """Pixels a side."""
     facing_min: float = 0.05

@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..config import MeshConfig
 from ..errors import MeshError
+from .fairing import faired
 from .mesh import Mesh
 from .outline import ISLAND, SILHOUETTE, SurfaceView, fit_outline, silhouette
 from .raster import rasterize
@@ -24,7 +25,7 @@ TAUBIN_IN, TAUBIN_OUT = 0.5, -0.53
 
 
 def clean_mesh(mesh: Mesh, config: MeshConfig, views: Sequence[SurfaceView] = ()) -> Mesh:
-    """Parts chosen, stair-steps smoothed, decimated to the budget, degenerate faces dropped.
+    """Parts chosen, stair-steps smoothed, decimated to the budget, lumps taken off (`fairing`), degenerate faces dropped.
 
     Args:
         views: Pictures whose silhouettes the outline is fitted to at the end.
@@ -39,7 +40,7 @@ def clean_mesh(mesh: Mesh, config: MeshConfig, views: Sequence[SurfaceView] = ()
     mesh = keep_components(mesh, config.max_components, views)
     if len(mesh.faces) < 4:
         raise MeshError("nothing is left of the surface after cleaning; try another seed or mesh.max_components=0")
-    return fit_outline(mesh, list(views))
+    return fit_outline(faired(mesh, config.fairing, views), list(views))
 
 
 def weld(mesh: Mesh) -> Mesh:
