@@ -284,6 +284,7 @@ class MeshConfig:
         )
         _check(self.detail_steps >= 1, f"mesh.detail_steps must be at least 1, not {self.detail_steps}")
         _check(self.n_faces >= 100, f"the face budget must be at least 100, not {self.n_faces}")
+        _check(0 <= self.fairing <= 0.2, f"mesh.fairing must lie between 0 and 0.2: {self.fairing}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from conrad_engine.config import MeshConfig
+from conrad_engine.errors import InputError
+from conrad_engine.mesh.clean import clean_mesh
 from conrad_engine.mesh.fairing import faired, neighbors, normals_and_areas, smooth_normals, stitched
 from conrad_engine.mesh.mesh import Mesh, dots, lengths, vertex_normals
 from conrad_engine.mesh.outline import SurfaceView, hull_distances
@@ -123,3 +126,15 @@ def test_degenerate_faces_and_small_meshes_do_no_harm():
     assert faired(mesh, 0.0) is mesh
     triangle = Mesh(mesh.vertices[:3], np.array([[0, 1, 2]], np.int32))
     assert faired(triangle, SCALE) is triangle
+
+
+def test_cleaning_fairs_as_the_settings_say():
+    given = lumpy(sphere_mesh(0.5, 48), 0.006)
+    bumps = [rough(lengths(clean_mesh(given, MeshConfig(fairing=scale)).vertices) - 0.5) for scale in (0.0, SCALE)]
+    assert bumps[1] < 0.75 * bumps[0]
+
+
+@pytest.mark.parametrize("scale", [-0.1, 0.5, float("nan")])
+def test_scales_that_make_no_sense(scale):
+    with pytest.raises(InputError, match="mesh.fairing"):
+        MeshConfig(fairing=scale)
