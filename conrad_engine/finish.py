@@ -30,7 +30,7 @@ from .mesh.clean import clean_mesh
 from .mesh.extract import SurfaceView, extract_mesh
 from .mesh.glb import write_glb, write_obj, write_ply, write_texture
 from .mesh.mesh import Mesh, TexturedMesh
-from .mesh.raster import render_mesh, render_with_depth
+from .mesh.raster import render_mesh, render_surface, render_with_depth
 from .mesh.unwrap import unwrap
 from .monitor import Command, Monitor, Progress
 from .optimize import State, memory_bytes
@@ -284,7 +284,7 @@ def render_field(
     camera = state.constrained.views[0].picture.to(device).camera
     trained = render_picture(state.constrained.sharp(), camera, *settings, on_chunk=check)
     shown = full.with_pictures([seen])
-    return trained, render_picture(shown, seen.to(device).camera, *settings, with_normals=True, on_chunk=check)
+    return trained, render_picture(shown, seen.to(device).camera, *settings, on_chunk=check)
 
 
 def reference_measures(
@@ -345,6 +345,8 @@ class Drawing:
     """From `preview.sheet_cameras`."""
     reference: Future[np.ndarray]
     """From the reference camera."""
+    surface: Future[np.ndarray]
+    """Without texture, from the second of these cameras."""
     turntable: Future[None]
     """Its file."""
 
@@ -368,6 +370,7 @@ def start_drawing(
     world_view = replace(reference, c2w=_world_camera(setup, frame, reference))
     cameras = [world_view, *sheet_cameras(mesh.vertices, start_deg=start_deg)]
     first, *views = [threads.submit(render_mesh, mesh, camera, 2) for camera in cameras]
+    surface = threads.submit(render_surface, mesh, cameras[2])
     cameras = turntable_cameras(mesh.vertices, config.turntable_frames, config.turntable_size, start_deg=start_deg)
     frames = [threads.submit(render_mesh, mesh, camera, 1) for camera in cameras]
 
@@ -375,7 +378,7 @@ def start_drawing(
         if frames:
             write_turntable([frame.result() for frame in frames], folder / "turntable.gif")
 
-    return Drawing(views, first, threads.submit(finish_turntable))
+    return Drawing(views, first, surface, threads.submit(finish_turntable))
 
 
 def write_pictures(
@@ -392,7 +395,6 @@ def write_pictures(
     window = _window(frame.camera, view.camera)
     opacity = field_picture.opacities.cpu().numpy()[..., None]
     field_view = np.concatenate([(field_picture.rgb.cpu().numpy() / np.maximum(opacity, 1e-3)).clip(0, 1), opacity], -1)
-    normals = field_picture.normals.cpu() @ view.camera.c2w[:, :3]
     data = SheetData(
         picture=prepared.original[window].astype(np.float32) / 255,
         mask=prepared.mask[window],
@@ -400,7 +402,7 @@ def write_pictures(
         field_view=field_view,
         mesh_view=drawing.reference.result(),
         depth=(field_picture.depths * (field_picture.opacities > 0.5)).cpu().numpy(),
-        normals=normals.numpy(),
+        surface=drawing.surface.result(),
         numbers={
             "field PSNR": f"{numbers['field_psnr_full']:.1f} dB",
             "mesh PSNR": f"{numbers['mesh_psnr']:.1f} dB",

@@ -47,8 +47,8 @@ class SheetData:
     """(h, w, 4): the mesh from the reference camera, the picture's aspect."""
     depth: np.ndarray | None = None
     """(h, w) of the field from the reference camera; 0 or not finite where nothing is. Near is bright."""
-    normals: np.ndarray | None = None
-    """(h, w, 3) unit normals in the reference camera's axes; 0 where nothing is."""
+    surface: np.ndarray | None = None
+    """(h, w, 4): the mesh without its texture, from the second of `sheet_cameras`."""
     numbers: dict[str, str] = field(default_factory=dict)
     """Lines of text: name and value."""
     title: str = ""
@@ -145,12 +145,6 @@ def depth_tile(depth: np.ndarray) -> np.ndarray:
     return np.repeat(np.where(valid, shade, 1.0)[..., None], 3, -1)
 
 
-def normal_tile(normals: np.ndarray) -> np.ndarray:
-    """(h, w, 3): the usual colors, facing the camera is light blue; white where nothing is."""
-    lengths = np.linalg.norm(normals, axis=-1, keepdims=True)
-    return np.where(lengths > 0.5, (normals / np.maximum(lengths, 1e-9) + 1) / 2, 1.0)
-
-
 def error_tile(view: np.ndarray, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """(h, w, 3): what the view has too much or too little, on white, amplified `ERROR_GAIN` times; black is none."""
     height, width = view.shape[:2]
@@ -209,8 +203,8 @@ def sheet_tiles(data: SheetData) -> list[tuple[str, np.ndarray]]:
         tiles.append((f"azimuth {azimuth}°, elevation {elevation}°", on_color(view)))
     if data.depth is not None:
         tiles.append(("depth, near is bright", _window_of(depth_tile(data.depth), window)))
-    if data.normals is not None:
-        tiles.append(("normals", _window_of(normal_tile(data.normals), window)))
+    if data.surface is not None:
+        tiles.append((f"surface, azimuth {SHEET_AZIMUTHS_DEG[1]}°", on_color(data.surface)))
     return tiles
 
 

@@ -9,13 +9,19 @@ import torch
 from conrad_engine.cameras import orbit_camera
 from conrad_engine.mesh.mesh import TexturedMesh, dots, lengths, vertex_normals
 from conrad_engine.mesh.raster import (
+    AMBIENT,
+    GRAY,
     rasterize,
     rasterize_projected,
     reduced,
     render_mesh,
+    render_surface,
     render_with_depth,
     sample_texture,
 )
+
+from .mesh_scenes import camera as ball_camera
+from .mesh_scenes import sphere_mesh
 
 
 def slow(uv, z, faces, width, height):
@@ -152,3 +158,18 @@ def test_many_small_triangles_and_one_large_one():
     fragments = rasterize(vertices, faces, orbit_camera(0.0, 0.0, 3.0, math.radians(30), 200))
     assert (fragments.faces >= 0).all(), "the large square fills what the small ones leave, and there are no cracks"
     assert (fragments.faces[100, 60:140] < len(faces) - 2).all()
+
+
+@pytest.mark.parametrize("azimuth_deg", [0.0, 130.0])
+def test_surfaces_are_lit_over_the_left_shoulder(azimuth_deg):
+    ball = sphere_mesh(0.5, 24)
+    normals = ball.vertices / np.linalg.norm(ball.vertices, axis=1, keepdims=True)
+    mesh = TexturedMesh(
+        ball.vertices, ball.faces, np.zeros((len(normals), 2), np.float32), normals, np.zeros((4, 4, 3), np.uint8)
+    )
+    rgba = render_surface(mesh, ball_camera(azimuth_deg, 20.0, 64))
+    assert rgba[0, 0].tolist() == [0, 0, 0, 0] and rgba[32, 32, 3] == 1
+    assert np.array_equal(rgba[..., 0], rgba[..., 2]) and rgba.max() <= 1 + 1e-6
+    upper_left, middle, lower_right = (float(rgba[i, i, 0]) for i in (22, 32, 42))
+    assert upper_left > middle > lower_right >= AMBIENT * GRAY - 1e-6
+    assert upper_left == pytest.approx(GRAY, abs=0.05)

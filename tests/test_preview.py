@@ -38,7 +38,7 @@ def sheet_data(**changes: object) -> SheetData:
         field_view=disk(48),
         mesh_view=disk(64),
         depth=np.where(disk(48)[..., 3] > 0, 2.0, 0.0),
-        normals=np.zeros((48, 48, 3)),
+        surface=disk(48),
         numbers={"PSNR": "38.2 dB"},
         title="a disk",
     )
@@ -49,7 +49,7 @@ def test_sheet_shows_every_part(tmp_path) -> None:
     data = sheet_data()
     captions = [caption for caption, _ in preview.sheet_tiles(data)]
     assert captions[0].startswith("input") and sum(c.startswith("azimuth") for c in captions) == 8
-    assert {"field, error x 8", "mesh, error x 8", "depth, near is bright", "normals"} <= set(captions)
+    assert {"field, error x 8", "mesh, error x 8", "depth, near is bright", "surface, azimuth 45°"} <= set(captions)
     sheet = np.asarray(Image.open(preview.make_sheet(data, tmp_path / "sheet.png")))
     assert sheet.shape[1] == 6 * (preview.TILE + preview.MARGIN) + preview.MARGIN
     # The middle of the first tile shows the disk's color, the paper beside it is white.
@@ -60,9 +60,9 @@ def test_sheet_shows_every_part(tmp_path) -> None:
 
 @pytest.mark.parametrize("n_views", [0, 1, 3, 4, 8])
 def test_sheet_keeps_the_numbers_whatever_is_missing(tmp_path, n_views) -> None:
-    full = sheet_data(views=[disk(16)] * n_views, depth=None, normals=None, field_view=None)
+    full = sheet_data(views=[disk(16)] * n_views, depth=None, surface=None, field_view=None)
     with_numbers = np.asarray(Image.open(preview.make_sheet(full, tmp_path / "a.png")))
-    none = sheet_data(views=[disk(16)] * n_views, depth=None, normals=None, field_view=None, numbers={})
+    none = sheet_data(views=[disk(16)] * n_views, depth=None, surface=None, field_view=None, numbers={})
     without = np.asarray(Image.open(preview.make_sheet(none, tmp_path / "b.png")))
     ink = lambda picture: (picture.sum(-1) < 200).sum()  # noqa: E731
     assert ink(with_numbers) > ink(without)

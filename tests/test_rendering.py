@@ -9,7 +9,7 @@ import torch
 from conrad_engine.cameras import orbit_camera
 from conrad_engine.rendering.compositing import distortion, quantile_distances, render_weights
 from conrad_engine.rendering.occupancy import OccupancyGrid
-from conrad_engine.rendering.renderer import box_intersections, density_normals, render_picture, render_rays
+from conrad_engine.rendering.renderer import box_intersections, render_picture, render_rays
 
 from . import reference
 
@@ -123,13 +123,12 @@ def test_an_emptied_cell_fades_out_of_the_grid(generator):
     assert not grid.is_occupied.any()
 
 
-def test_ball_is_seen_with_its_depth_color_and_normal():
+def test_ball_is_seen_with_its_depth_and_color():
     camera = orbit_camera(0.0, 0.0, 3.0, math.radians(40), 33)
-    picture = render_picture(Ball(), camera, 256, with_normals=True, max_points=20_000)
+    picture = render_picture(Ball(), camera, 256, max_points=20_000)
     middle = picture.rgb[16, 16], picture.opacities[16, 16], picture.depths[16, 16]
     assert middle[1] == pytest.approx(1, abs=1e-3) and middle[2] == pytest.approx(2.5, abs=0.02)
     assert middle[0].tolist() == pytest.approx([0.5, 0.25, 0.5], abs=0.02)
-    assert picture.normals[16, 16].tolist() == pytest.approx([0, -1, 0], abs=0.05)
     assert picture.opacities[0, 0] == 0 and picture.on(1.0)[0, 0].tolist() == [1, 1, 1]
 
 
@@ -138,9 +137,3 @@ def test_chunks_and_early_stop_do_not_change_a_picture():
     whole = render_picture(Ball(30.0), camera, 96, max_points=10**9, early_stop=0.0)
     parts = render_picture(Ball(30.0), camera, 96, max_points=1000, early_stop=1e-4)
     assert (whole.rgb - parts.rgb).abs().max() < 0.01
-
-
-def test_normals_point_out_of_the_ball():
-    points = torch.nn.functional.normalize(torch.randn(50, 3, generator=torch.Generator().manual_seed(1)), dim=-1) * 0.5
-    normals = density_normals(Ball(), points, epsilon=0.1)
-    assert ((normals * points / 0.5).sum(-1) > 0.6).all()

@@ -23,6 +23,10 @@ EDGE = 1e-5
 MAX_CANDIDATES = 1 << 17
 """Pixels tested at once: their arrays stay in the processor's cache."""
 
+LIGHT, AMBIENT, GRAY = (-0.5, 0.6, 0.62), 0.2, 0.85
+"""Of surfaces without texture: direction to the lamp in the camera's axes (right, up, backward), the part of the light that
+comes from all around, and how bright full light is."""
+
 
 @dataclass(frozen=True)
 class Fragments:
@@ -246,3 +250,15 @@ def render_mesh(mesh: TexturedMesh, camera: Camera, supersample: int = 2) -> np.
     """RGBA (height, width, 4) of the unlit textured mesh; see `render_with_depth`."""
     sight = look(mesh.vertices, mesh.faces, mesh.uvs, finer(camera, supersample))
     return averaged(sight.shown(mesh.texture), supersample)
+
+
+def render_surface(mesh: TexturedMesh, camera: Camera, supersample: int = 2) -> np.ndarray:
+    """RGBA (height, width, 4) of the mesh in gray, lit over the left shoulder, as a viewport without textures shows it."""
+    fragments = rasterize(mesh.vertices, mesh.faces, finer(camera, supersample))
+    normals = fragments.interpolate(mesh.faces, mesh.normals) @ camera.c2w[:, :3].cpu().numpy()
+    light = np.array(LIGHT) / np.linalg.norm(LIGHT)
+    shade = AMBIENT + (1 - AMBIENT) * np.clip(normals @ light, 0, 1) / np.maximum(
+        np.linalg.norm(normals, axis=-1), 1e-6
+    )
+    samples = np.concatenate([np.repeat(GRAY * shade[..., None], 3, -1), np.ones((*shade.shape, 1))], -1)
+    return averaged(np.where(fragments.faces[..., None] >= 0, samples, 0).astype(np.float32), supersample)

@@ -140,8 +140,6 @@ class Picture:
     opacities: Float[Tensor, "height width"]
     depths: Float[Tensor, "height width"]
     """Along the rays, world units; 0 where nothing is."""
-    normals: Float[Tensor, "height width 3"] | None = None
-    """World space, unit length where something is seen, else 0."""
 
     def on(self, background: float) -> Float[Tensor, "height width 3"]:
         """Composited over a gray level."""
@@ -156,12 +154,11 @@ def render_picture(
     occupancy: OccupancyGrid | None = None,
     max_points: int = 4_000_000,
     early_stop: float = 1e-4,
-    with_normals: bool = False,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> Picture:
     """Render one camera without gradients, in chunks.
 
-    Colors (and normals) are evaluated only where a sample's weight exceeds `early_stop`: what lies behind an opaque surface
+    Colors are evaluated only where a sample's weight exceeds `early_stop`: what lies behind an opaque surface
     costs a density only.
 
     Args:
@@ -178,18 +175,8 @@ def render_picture(
         positions = origins[ray] + distances[:, None] * directions[ray]
         weight = weights[ray, sample, None]
         values = field.density_and_color(positions)[1]
-        if with_normals:
-            values = torch.cat([values, density_normals(field, positions)], -1)
         values = torch.cat([values, torch.ones_like(weight), distances[:, None]], -1)
         parts.append(values.new_zeros(len(origins), values.shape[-1]).index_add(0, ray, weight * values))
     image = torch.cat(parts).view(camera.height, camera.width, -1)
     opacities, depths = image[..., -2], image[..., -1]
-    normals = torch.nn.functional.normalize(image[..., 3:6], dim=-1) if with_normals else None
-    return Picture(image[..., :3], opacities, depths / opacities.clamp(min=1e-6), normals)
-
-
-def density_normals(field: Field, positions: Float[Tensor, "n 3"], epsilon: float = 0.02) -> Float[Tensor, "n 3"]:
-    """Unit normals -∇σ/|∇σ| by central differences with distance `epsilon` (world units)."""
-    offsets = torch.eye(3, device=positions.device) * epsilon
-    differences = [field.density(positions - offset) - field.density(positions + offset) for offset in offsets]
-    return torch.nn.functional.normalize(torch.stack(differences, -1), dim=-1)
+    return Picture(image[..., :3], opacities, depths / opacities.clamp(min=1e-6))
