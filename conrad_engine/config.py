@@ -245,9 +245,8 @@ class MeshConfig:
     """Connected parts kept, largest first, and what the picture shows apart from them; 0 keeps every part that is not dust."""
     n_faces: int = 40_000
     """Face budget after decimation."""
-    fairing: float = 0.025
-    """Lumps of the surface up to about four times this are taken off, object frame, whose longest side is about 1.2; 0 leaves
-    them."""
+    fairing: float = 1.0
+    """Lumps of the surface up to about four times this are taken off, pixels of the views that formed it; 0 leaves them."""
     texture_size: int = 1024
     """Pixels a side."""
     facing_min: float = 0.05
@@ -284,7 +283,7 @@ class MeshConfig:
         )
         _check(self.detail_steps >= 1, f"mesh.detail_steps must be at least 1, not {self.detail_steps}")
         _check(self.n_faces >= 100, f"the face budget must be at least 100, not {self.n_faces}")
-        _check(0 <= self.fairing <= 0.2, f"mesh.fairing must lie between 0 and 0.2: {self.fairing}")
+        _check(0 <= self.fairing <= 8, f"mesh.fairing must lie between 0 and 8: {self.fairing}")
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def finish(
         at_stoppable("surface")
         has_depth = initial is not None or (prepared.depth is not None and prepared.depth_kind == "metric")
         may_move = config.mesh.centered and not has_depth
-        mesh, level = surface_mesh(full, view, initial, config.mesh, may_move)
+        mesh, level = surface_mesh(full, view, initial, config.mesh, may_move, view_pixel(state, config))
         at_stoppable("texture")
         textured = texture_mesh(full, view, mesh, config.mesh)
         if may_move:
@@ -153,13 +153,20 @@ def _set_on_error(event: Event) -> Iterator[Event]:
         raise
 
 
+def view_pixel(state: State, config: PipelineConfig) -> float:
+    """Side of a pixel, at the origin, of the finest views that formed the field: what is smaller it has by chance."""
+    size = config.render.fine_size if config.optimize.fine_steps else config.render.size
+    return 2 * state.half_frame / size
+
+
 def surface_mesh(
-    full: ConstrainedField, view: ReferenceView, initial: Mesh | None, config: MeshConfig, may_move: bool
+    full: ConstrainedField, view: ReferenceView, initial: Mesh | None, config: MeshConfig, may_move: bool, pixel: float
 ) -> tuple[Mesh, float]:
     """The cleaned surface in the object frame, and the density it was taken at.
 
     Args:
         may_move: Whether parts may change their depth; see `mesh.bridge`.
+        pixel: See `view_pixel`.
     """
     if config.project_only:
         if initial is None:
@@ -171,7 +178,7 @@ def surface_mesh(
     # The shell of an inferred surface is a blocky skin, there for its color; `extract_mesh` closes the outline itself.
     density = full.density if full.config.kind == "known_depth" else full.field.density
     extracted = extract_mesh(density, full.aabb, config, [seen], may_move)
-    return clean_mesh(extracted.mesh, config, [seen]), extracted.level
+    return clean_mesh(extracted.mesh, config, [seen], pixel), extracted.level
 
 
 def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config: MeshConfig) -> TexturedMesh:

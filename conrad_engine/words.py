@@ -17,7 +17,7 @@ from .config import HALF_FRAME, PictureConfig, PipelineConfig, StableDiffusionCo
 from .errors import InputError
 from .evaluation.geometry import topology
 from .files import write_json
-from .finish import Finished, surface_color, write_other_files
+from .finish import Finished, surface_color, view_pixel, write_other_files
 from .mesh.bake import bake_texture
 from .mesh.clean import clean_mesh
 from .mesh.extract import extract_mesh
@@ -79,7 +79,7 @@ def finish_words(
     at(0)
     state.field.prepare()
     extracted = extract_mesh(state.field.density, state.field.aabb, config.mesh, [])
-    mesh = clean_mesh(extracted.mesh, config.mesh)
+    mesh = clean_mesh(extracted.mesh, config.mesh, pixel=view_pixel(state, config))
     at(1)
     textured = bake_texture(
         unwrap(mesh, config.mesh), lambda p: surface_color(state.field, p.to(state.device)).cpu(), [], config.mesh

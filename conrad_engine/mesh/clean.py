@@ -24,11 +24,12 @@ TAUBIN_IN, TAUBIN_OUT = 0.5, -0.53
 """Taubin (SIGGRAPH 95): a shrinking and a growing step remove stair-steps without shrinking the whole."""
 
 
-def clean_mesh(mesh: Mesh, config: MeshConfig, views: Sequence[SurfaceView] = ()) -> Mesh:
+def clean_mesh(mesh: Mesh, config: MeshConfig, views: Sequence[SurfaceView] = (), pixel: float = 0.0) -> Mesh:
     """Parts chosen, stair-steps smoothed, decimated to the budget, lumps taken off (`fairing`), degenerate faces dropped.
 
     Args:
         views: Pictures whose silhouettes the outline is fitted to at the end.
+        pixel: Side of a pixel of the views that formed the surface, in the mesh's unit; see `MeshConfig.fairing`.
 
     Raises:
         MeshError: Nothing is left.
@@ -40,7 +41,7 @@ def clean_mesh(mesh: Mesh, config: MeshConfig, views: Sequence[SurfaceView] = ()
     mesh = keep_components(mesh, config.max_components, views)
     if len(mesh.faces) < 4:
         raise MeshError("nothing is left of the surface after cleaning; try another seed or mesh.max_components=0")
-    return fit_outline(faired(mesh, config.fairing, views), list(views))
+    return fit_outline(faired(mesh, config.fairing * pixel, views), list(views))
 
 
 def weld(mesh: Mesh) -> Mesh:
