@@ -33,13 +33,14 @@ from .mesh.mesh import Mesh, TexturedMesh
 from .mesh.raster import render_mesh, render_surface, render_with_depth
 from .mesh.unwrap import unwrap
 from .monitor import Command, Monitor, Progress
-from .optimize import State, memory_bytes
+from .optimize import memory_bytes
 from .preprocess.framing import Frame, condition_picture, final_similarity
 from .preprocess.prepare import PreparedPicture
 from .preview import SheetData, make_sheet, sheet_cameras, turntable_cameras, write_turntable
 from .redraw import redraw_texture
 from .rendering.interfaces import Field
 from .rendering.renderer import Picture, render_picture
+from .state import State, n_coarse_steps
 
 MEASURED_PICTURE, FIELD_PICTURE = 1024, 512
 """Most pixels along the longer side at which mesh and field are compared with the picture; a smaller one is at its own size."""
@@ -155,8 +156,8 @@ def _set_on_error(event: Event) -> Iterator[Event]:
 
 def view_pixel(state: State, config: PipelineConfig) -> float:
     """Side of a pixel, at the origin, of the finest views that formed the field: what is smaller it has by chance."""
-    size = config.render.fine_size if config.optimize.fine_steps else config.render.size
-    return 2 * state.half_frame / size
+    had_fine = config.optimize.fine_steps > 0 and state.step > n_coarse_steps(config)
+    return state.pixel(config.render.fine_size if had_fine else config.render.size)
 
 
 def surface_mesh(

@@ -45,6 +45,10 @@ class State:
         """Steps not taken so far; waits for the device."""
         return int(self.skipped[0])
 
+    def pixel(self, size: int) -> float:
+        """Side, at the origin, of a pixel of the views shown to the prior, `size` pixels a side."""
+        return 2 * self.half_frame / size
+
     def to_dict(self) -> dict:
         return {
             "field": self.field.state_dict(),

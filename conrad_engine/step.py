@@ -103,7 +103,7 @@ class TrainStep:
         if structure != self._captured_structure:
             self._captured_structure = structure
             self.graphed.reset()
-            state.constrained.soften(SOFT_PX * 2 * state.half_frame / self._view_size)
+            state.constrained.soften(SOFT_PX * state.pixel(self._view_size))
         if self.ranks.count == 1:
             return self.graphed(*self._draw())
         loss, terms = self.graphed(*self._draw())

@@ -15,6 +15,7 @@ from conrad_engine.adam import Adam
 from conrad_engine.config import EmbeddedPriorConfig
 from conrad_engine.constraint import ConstrainedField
 from conrad_engine.fields.radiance_field import make_field
+from conrad_engine.finish import view_pixel
 from conrad_engine.graphs import GraphedStep, cloned, flat
 from conrad_engine.guidance.embedded.prior import EmbeddedPrior
 from conrad_engine.guidance.interfaces import GuidanceResult, ReferencePicture, SplitGuidance
@@ -274,6 +275,14 @@ def test_steps_see_the_picture_as_blurred_as_their_views(monkeypatch):
     run(state, config, frame)
     reach = SOFT_PX * 2 * state.half_frame
     assert sorted(set(widths)) == pytest.approx([reach / 48, reach / 32])
+
+
+def test_a_field_knows_what_the_finest_views_it_has_seen_show():
+    """A job that was ended before its fine stage has seen the coarse ones alone."""
+    state, config, *_ = toy(steps=2, fine_steps=2)
+    for step, size in ((0, 32), (2, 32), (3, 48), (4, 48)):
+        state.step = step
+        assert view_pixel(state, config) == pytest.approx(2 * state.half_frame / size)
 
 
 def test_a_bad_step_changes_nothing_and_is_counted_in_a_row():

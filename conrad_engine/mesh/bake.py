@@ -19,7 +19,7 @@ from ..cameras import Camera
 from ..config import MeshConfig
 from ..resampling import between_pixels, reduced_by_area
 from .blend import complete_colors
-from .mesh import TexturedMesh, dots, lengths
+from .mesh import TexturedMesh, dots, face_crosses, lengths
 from .raster import averaged, finer, look, rasterize, rasterize_projected
 from .unwrap import UnwrappedMesh
 
@@ -191,8 +191,8 @@ def _change_at_texels(
 
 def texel_length(mesh: UnwrappedMesh, size: int) -> float:
     """Side of a texel on the surface, world units."""
-    corners, charts = mesh.vertices[mesh.faces].astype(np.float64), mesh.uvs[mesh.faces].astype(np.float64) * size
-    area = lengths(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])).sum()
+    charts = mesh.uvs[mesh.faces].astype(np.float64) * size
+    area = lengths(face_crosses(mesh.vertices, mesh.faces)).sum()
     (ax, ay), (bx, by) = (charts[:, 1] - charts[:, 0]).T, (charts[:, 2] - charts[:, 0]).T
     return float(np.sqrt(area / max(np.abs(ax * by - ay * bx).sum(), 1e-12)))
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.sparse import coo_matrix, diags
-from scipy.sparse.linalg import splu
 
-from .mesh import dots, lengths
+from .laplacian import divergence, half_cotangents, solver
+from .mesh import face_crosses, lengths
 
 SEEN_PULL = 10.0
 """Pull of a photo on a vertex it sees, against an edge's pull of 1."""
@@ -55,32 +54,21 @@ def complete_colors(
     extent = float(np.ptp(vertices, axis=0).max())
     to_photo = SEEN_PULL * seen**2
     to_field = own[:, 0] * areas / (fade * extent) ** 2 + 1e-6
-    n = len(first)
-    rows, columns = np.concatenate([a, b]), np.concatenate([b, a])
-    links = coo_matrix((np.concatenate([strength, strength]), (rows, columns)), shape=(n, n)).tocsc()
-    matrix = diags(np.asarray(links.sum(1)).ravel() + to_photo + to_field) - links
-    push = strength[:, None] * wanted
     right = to_photo[:, None] * photo + to_field[:, None] * field
-    for k in range(3):
-        right[:, k] += np.bincount(a, push[:, k], n) - np.bincount(b, push[:, k], n)
-    return splu(matrix.tocsc()).solve(right)[place].astype(np.float32)
+    right += divergence(a, b, strength[:, None] * wanted, len(first))
+    return solver(a, b, strength, to_photo + to_field)(right)[place].astype(np.float32)
 
 
 def _edges(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Edges (k, 2), their cotangent weights (k,), and the area around each vertex.
 
-    With these weights the sum over edges of squared differences is the integral of the squared gradient (Pinkall and
-    Polthier 1993), whatever the triangles' shapes. Negative ones, at obtuse corners, are lifted: neighbors never repel.
+    Negative weights, at obtuse corners, are lifted: neighbors never repel.
     """
     faces = faces[(faces != np.roll(faces, 1, axis=1)).all(1)]
-    corners = vertices[faces]
-    pairs, weights = [], []
-    for k in range(3):
-        u, v = corners[:, (k + 1) % 3] - corners[:, k], corners[:, (k + 2) % 3] - corners[:, k]
-        doubled = lengths(np.cross(u, v))
-        pairs.append(faces[:, [(k + 1) % 3, (k + 2) % 3]])
-        weights.append(dots(u, v) / np.maximum(doubled, 1e-12) / 2)
+    pairs = np.concatenate([faces[:, [1, 2]], faces[:, [2, 0]], faces[:, [0, 1]]])
+    weights = half_cotangents(vertices, faces).T.ravel()
+    doubled = lengths(face_crosses(vertices, faces))
     areas = np.bincount(faces.ravel(), np.repeat(doubled / 6, 3), minlength=len(vertices))
-    edges, index = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0, return_inverse=True)
-    strength = np.bincount(index.reshape(-1), np.concatenate(weights), minlength=len(edges))
+    edges, index = np.unique(np.sort(pairs, axis=1), axis=0, return_inverse=True)
+    strength = np.bincount(index.reshape(-1), weights, minlength=len(edges))
     return edges, np.clip(strength, LEAST_WEIGHT, MOST_WEIGHT), areas

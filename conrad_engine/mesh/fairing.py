@@ -8,15 +8,14 @@ those of the triangles so turned, stitched together by a Poisson equation (Yu et
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import coo_matrix, diags
-from scipy.sparse.linalg import splu
 
-from .mesh import Mesh, dots, lengths
+from .laplacian import divergence, half_cotangents, solver
+from .mesh import Mesh, dots, face_crosses, lengths
 from .outline import SurfaceView, hull_distances
 
 N_ROUNDS = 3
@@ -27,7 +26,8 @@ KEPT_BELOW, FAIRED_FROM = 0.55, 0.85
 """Length of the mean of the normals around a face. A rod thinner than the scale has them all around: it stays as it is."""
 HOLD = 0.1
 """How much vertices keep to their places, of how much they keep to the normals, for a bend as long as the scale."""
-MIN_COTANGENT, MAX_COTANGENT = 0.02, 10.0
+LEAST_WEIGHT, MOST_WEIGHT = 0.01, 5.0
+"""Bounds of what a triangle adds to an edge's weight."""
 
 
 def faired(mesh: Mesh, scale: float, views: Sequence[SurfaceView] = ()) -> Mesh:
@@ -53,9 +53,10 @@ def smooth_normals(
     vertices: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "m 3"], scale: float
 ) -> Float[np.ndarray, "m 3"]:
     """Unit normals of the faces without what is smaller than the scale."""
-    normals, areas = normals_and_areas(vertices, faces)
+    crosses = face_crosses(vertices, faces)
+    normals, areas = _unit(crosses), np.maximum(lengths(crosses) / 2, 1e-20)
     first, second, edges = neighbors(faces)
-    centers, areas = vertices[faces].mean(1), np.maximum(areas, 1e-20)
+    centers = vertices[faces].mean(1)
     ways = lengths(vertices[edges[:, 0]] - vertices[edges[:, 1]]) / np.maximum(
         lengths(centers[first] - centers[second]), 1e-9
     )
@@ -63,7 +64,7 @@ def smooth_normals(
     def averaged(weights: np.ndarray) -> np.ndarray:
         """Heat flow for as long as it takes to spread over the scale, in one implicit step."""
         flows = scale**2 / 2 * weights * ways
-        return _solver(first, second, flows, areas)(areas[:, None] * normals)
+        return solver(first, second, flows, areas)(areas[:, None] * normals)
 
     blurred = averaged(np.ones(len(first)))
     trust = np.clip((lengths(blurred) - KEPT_BELOW) / (FAIRED_FROM - KEPT_BELOW), 0, 1)[:, None]
@@ -84,22 +85,16 @@ def stitched(
     Args:
         hold: Weight of the squared distance from where vertices were, per area, in one over the mesh's unit squared.
     """
-    _, areas = normals_and_areas(vertices, faces)
-    corners = [vertices[faces[:, k]] for k in range(3)]
-    corners = [corner - normals * dots(corner, normals)[:, None] for corner in corners]
-    n, sides, weights = len(vertices), np.roll(faces, -1, axis=1), np.empty(faces.shape)
-    wanted = np.zeros((n, 3))
-    for k in range(3):
-        a, b, opposite = faces[:, k], sides[:, k], faces[:, (k + 2) % 3]
-        u, v = vertices[a] - vertices[opposite], vertices[b] - vertices[opposite]
-        cotangents = dots(u, v) / np.maximum(2 * areas, 1e-12)
-        weights[:, k] = np.clip(cotangents, MIN_COTANGENT, MAX_COTANGENT) / 2
-        edges = (corners[k] - corners[(k + 1) % 3]) * weights[:, k, None]
-        for axis in range(3):
-            wanted[:, axis] += np.bincount(a, edges[:, axis], n) - np.bincount(b, edges[:, axis], n)
-    masses = hold * np.bincount(faces.ravel(), np.repeat(areas / 3, 3), n) + 1e-12
-    solve = _solver(faces.ravel(), sides.ravel(), weights.ravel(), masses)
-    return solve(wanted + masses[:, None] * vertices)
+    corners = vertices[faces]
+    corners = corners - normals[:, None] * np.einsum("mkc,mc->mk", corners, normals)[..., None]
+    ahead, behind = [1, 2, 0], [2, 0, 1]  # ends of the edge opposite to each corner
+    first, second = faces[:, ahead].ravel(), faces[:, behind].ravel()
+    differences = (corners[:, ahead] - corners[:, behind]).reshape(-1, 3)
+    weights = half_cotangents(vertices, faces).clip(LEAST_WEIGHT, MOST_WEIGHT).ravel()
+    areas = lengths(face_crosses(vertices, faces)) / 2
+    masses = hold * np.bincount(faces.ravel(), np.repeat(areas / 3, 3), len(vertices)) + 1e-12
+    right = divergence(first, second, weights[:, None] * differences, len(vertices)) + masses[:, None] * vertices
+    return solver(first, second, weights, masses)(right)
 
 
 def neighbors(faces: Int[np.ndarray, "m 3"]) -> tuple[np.ndarray, np.ndarray, Int[np.ndarray, "p 2"]]:
@@ -112,23 +107,5 @@ def neighbors(faces: Int[np.ndarray, "m 3"]) -> tuple[np.ndarray, np.ndarray, In
     return owners[shared], owners[shared + 1], edges[order[shared]]
 
 
-def normals_and_areas(
-    vertices: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "m 3"]
-) -> tuple[np.ndarray, np.ndarray]:
-    a, b, c = vertices[faces].transpose(1, 0, 2)
-    crosses = np.cross(b - a, c - a)
-    return _unit(crosses), lengths(crosses) / 2
-
-
 def _unit(vectors: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
     return vectors / np.maximum(lengths(vectors), 1e-20)[:, None]
-
-
-def _solver(first: np.ndarray, second: np.ndarray, weights: np.ndarray, masses: np.ndarray) -> Callable:
-    """Solves (masses + the Laplacian of a weighted graph) x = right-hand sides (n, k)."""
-    n = len(masses)
-    rows, columns = (np.concatenate(pair) for pair in ((first, second, first, second), (first, second, second, first)))
-    laplacian = coo_matrix((np.concatenate([weights, weights, -weights, -weights]), (rows, columns)), shape=(n, n))
-    system = (laplacian + diags(masses)).tocsc()
-    # Conjugate gradients take three times as long, at any size that was tried.
-    return splu(system, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).solve

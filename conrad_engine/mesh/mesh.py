@@ -42,10 +42,15 @@ def lengths(a: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
     return np.sqrt(dots(a, a))
 
 
+def face_crosses(vertices: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "m 3"]) -> Float[np.ndarray, "m 3"]:
+    """Normals of triangles, twice as long as their areas, float64."""
+    corners = vertices[faces].astype(np.float64)
+    return np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+
+
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Unit normals (n_vertices, 3) float32: face normals weighted by area, summed over all vertices at the same place."""
-    corners = vertices[faces].astype(np.float64)
-    face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    face_normals = face_crosses(vertices, faces)
     _, places = np.unique(vertices, axis=0, return_inverse=True)
     ids = places.reshape(-1)[faces]
     sums = np.stack(

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from ..config import MeshConfig
 from ..errors import MeshError
-from .mesh import Mesh, lengths, vertex_normals
+from .mesh import Mesh, face_crosses, lengths, vertex_normals
 
 MIN_CHARTS = 80
 """No chart takes more than this part of the surface."""
@@ -58,5 +58,4 @@ def unwrap(mesh: Mesh, config: MeshConfig) -> UnwrappedMesh:
 
 
 def _area(mesh: Mesh) -> float:
-    corners = mesh.vertices[mesh.faces].astype(np.float64)
-    return float(lengths(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])).sum() / 2)
+    return float(lengths(face_crosses(mesh.vertices, mesh.faces)).sum() / 2)
