@@ -247,6 +247,8 @@ class MeshConfig:
     """Face budget after decimation."""
     fairing: float = 1.0
     """Lumps of the surface up to about four times this are taken off, pixels of the views that formed it; 0 leaves them."""
+    round_bars: bool = True
+    """Makes straight slender parts as deep as the picture shows them wide (`mesh/bars.py`); not with several pictures."""
     texture_size: int = 1024
     """Pixels a side."""
     facing_min: float = 0.05

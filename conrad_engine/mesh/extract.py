@@ -1,11 +1,12 @@
 """From a density field to a surface: marching cubes on a level set that respects the pictures' outlines.
 
 The field knows the surface to about one of its own cells. The picture knows the outline to a fraction of a pixel. So a signed
-distance to the surface of one density, positive inside, is changed in three steps:
+distance to the surface of one density, positive inside, is changed in four steps:
 
 - parts of a silhouette that the surface misses (a thin leg weaker than the level) get a body where their rays met the field,
   and so do wires (`threads`), which are narrower than cells;
 - near the outline the surface moves outward or inward until its silhouette is the mask's;
+- straight slender parts become round (`bars`);
 - what still stands out of a silhouette's cone (the visual hull) is cut off.
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from ..cameras import Camera
 from ..config import MeshConfig
 from ..errors import MeshError
+from .bars import find_bars
 from .bridge import MAX_GAP, SLACK_CELLS, join_parts
 from .mesh import Mesh
 from .outline import (
@@ -175,6 +177,11 @@ def extract_mesh(
         mesh = grid.surface(values)
         for view, thin in zip(views, threads):  # where an outline came in from two sides it may have opened a hole
             values, mesh = _with_missing_parts(values, mesh, [], grid, view, thin)
+    if config.round_bars and len(views) == 1:  # others would know how deep its bars are
+        bars = find_bars(mesh, views[0], threads[0].mask)
+        if bars is not None:
+            values = bars.put_into(torch.from_numpy(values).flatten(), grid.positions()).view(grid.shape).numpy()
+            values, mesh = _with_missing_parts(values, grid.surface(values), [], grid, views[0], threads[0])
     if views:
         cones = [grid.evaluate(hull_distances(view.mask, view.camera)) for view in views]
         wider = [
