@@ -73,15 +73,16 @@ def test_a_plate_seen_from_its_edge_and_a_rod_towards_the_camera_stay():
 
 
 def test_what_passes_behind_a_bar_stays_whole():
-    leg = rod(0.05, (0.1, 0.35, -0.35), (0.1, 0.35, 0.55))
-    body = union(
-        BASE, rod(0.02, (-0.1, -0.2, 0.2), (0.4, -0.2, 0.25)), rod(0.06, (-0.1, -0.2, -0.3), (-0.1, -0.2, 0.25)), leg
-    )
-    mesh = surface(body, view_of(body))
-    heights = mesh.vertices[(np.abs(mesh.vertices[:, 1] - 0.35) < 0.06) & (np.abs(mesh.vertices[:, 0] - 0.1) < 0.06)][
-        :, 2
-    ]
-    assert np.diff(np.sort(heights)).max() < 0.03
+    stub = rod(0.024, (0.15, 0.25, 0.19), (0.15, 0.25, 0.35))  # too short for a bar
+    post = rod(0.06, (-0.1, -0.1, -0.3), (-0.1, -0.1, 0.25))
+    body = union(ball(0.4, (0.0, 0.0, -0.4)), rod(0.018, (-0.1, -0.1, 0.25), (0.4, -0.1, 0.25)), post, stub)
+    view = view_of(body)
+    vertices = surface(body, view).vertices
+    near = (np.hypot(vertices[:, 0] - 0.15, vertices[:, 1] - 0.25) < 0.04) & (vertices[:, 2] > 0.1)
+    heights = np.sort(vertices[near][:, 2])
+    assert np.ptp(heights) > 0.15 and np.diff(heights).max() < 0.03
+    (bar,) = find_bars(surface(body, view, round_bars=False), view, NO_THREADS).bars
+    assert bar.line.length > 100  # pixels, on both sides of the stub
 
 
 def test_several_pictures_know_how_deep_it_is():
