@@ -37,8 +37,9 @@ HIDDEN_WIDTHS = 5.0
 """A bar may pass behind others for so many of its widths."""
 N_TRIES = 200
 """Lines tried for each bar."""
-DEEPEST = 5.0
-"""What is deeper than so many widths is a plate seen from its edge, and no bar."""
+DEEPEST = 0.09
+"""What the field has deeper than this, as a part of the silhouette's longer side, is a plate seen from its edge, and no bar.
+Of less, which is some five pixels of the prior's views, they cannot tell how deep it is."""
 USUAL_DEPTH = 0.97
 """Share of a bar's length that is no deeper than what is taken away; where more is, it is something behind the bar."""
 LEAST_SINE = 0.3
@@ -195,7 +196,7 @@ def find_bars(mesh: Mesh, view: SurfaceView, threads: Bool[np.ndarray, "h w"]) -
     slender = narrower_than(WIDEST * side, deep) & ~threads
     bars = []
     for line in straight_lines(slender, deep, LEAST_LENGTH * side):
-        bar = _fitted(line, slender & line.area(mask.shape, 0), front, back, camera)
+        bar = _fitted(line, slender & line.area(mask.shape, 0), front, back, camera, DEEPEST * side)
         if bar is not None:
             bars.append(bar)
     if not bars:
@@ -209,9 +210,11 @@ def find_bars(mesh: Mesh, view: SurfaceView, threads: Bool[np.ndarray, "h w"]) -
         bars[k] = _joined(bar, bars[:k], mask & (own == 0), front, back, camera, reach)
     log.info("%d straight slender parts are made round", len(bars))
     crumbs = _crumbs(slender & (own == 0), own, mask & ~slender)
-    theirs = (own > 0) | crumbs
+    # Threads hang between what was there; where that are bars now, they are to be strung anew.
+    loose = _touching(threads & mask, binary_dilation((own > 0) | crumbs, ANY_NEIGHBOR, TOUCHING_PX))
+    theirs = (own > 0) | crumbs | loose
     cleared = binary_dilation(theirs, ANY_NEIGHBOR, BESIDE_PX) & (theirs | ~mask)
-    ends = np.where(binary_dilation(crumbs, ANY_NEIGHBOR, BESIDE_PX), np.inf, 0)
+    ends = np.where(binary_dilation(crumbs | loose, ANY_NEIGHBOR, BESIDE_PX), np.inf, 0)
     for bar in bars:
         area = bar.line.area(mask.shape, BESIDE_PX, TIP)
         ends[area] = np.maximum(ends, _ends(bar, mask & ~theirs, float(camera.intrinsics[0])))[area]
@@ -332,8 +335,10 @@ def _front_and_back(mesh: Mesh, camera: Camera) -> tuple[np.ndarray, np.ndarray]
     return front, back
 
 
-def _fitted(line: Line, own: np.ndarray, front: np.ndarray, back: np.ndarray, camera: Camera) -> Bar | None:
-    """The bar along a line; None where the surface shows none, or nothing like one."""
+def _fitted(
+    line: Line, own: np.ndarray, front: np.ndarray, back: np.ndarray, camera: Camera, deepest: float
+) -> Bar | None:
+    """The bar along a line; None where the surface shows none, or nothing like one, or something deeper, pixels."""
     v, u = np.nonzero(own & (front > 0) & (back > 0))
     along, across = line.coordinates(np.stack([u, v], 1) + 0.5)
     halves = line.half_widths(along)
@@ -349,8 +354,8 @@ def _fitted(line: Line, own: np.ndarray, front: np.ndarray, back: np.ndarray, ca
         inverse = np.linalg.lstsq(ways * weights[:, None], weights / first, rcond=None)[0]
         off = np.abs(1 / np.maximum(ways @ inverse, 1e-9) - first) / widths
         weights = 1 / np.sqrt(np.maximum(off, 0.1))
-    share, depth = np.mean(off < 1), np.median((last - first) / widths)
-    if share < STRAIGHT_SHARE or depth > DEEPEST or inverse.min() <= 0:
+    share, depth = np.mean(off < 1), np.median(last / first - 1) * focal
+    if share < STRAIGHT_SHARE or depth > deepest or inverse.min() <= 0:
         return None
     behind = (np.quantile((last - 1 / (ways @ inverse)) / widths, USUAL_DEPTH) + 0.5) * np.median(widths)
     bar = Bar(line, tuple(inverse), float(behind), float(share * line.length * sum(line.halves)))
@@ -406,12 +411,16 @@ def _ends(bar: Bar, others: np.ndarray, focal: float) -> Float[np.ndarray, "h w"
     return depths + behind
 
 
+def _touching(parts: np.ndarray, area: np.ndarray) -> Bool[np.ndarray, "h w"]:
+    """The connected parts that reach into an area."""
+    pieces, _ = label(parts, ANY_NEIGHBOR)
+    return parts & np.isin(pieces, pieces[area])
+
+
 def _crumbs(left: np.ndarray, own: np.ndarray, body: np.ndarray) -> Bool[np.ndarray, "h w"]:
     """Small pieces of what is left that touch bars, whose pixels have their widths in `own`, and nothing else."""
-    pieces, n_pieces = label(left, ANY_NEIGHBOR)
     away, nearest = distance_transform_edt(own == 0, return_indices=True)
-    is_no_crumb = (away > CRUMB_WIDTHS * own[tuple(nearest)]) | binary_dilation(body, ANY_NEIGHBOR)
-    return left & ~np.isin(pieces, pieces[is_no_crumb])
+    return left & ~_touching(left, (away > CRUMB_WIDTHS * own[tuple(nearest)]) | binary_dilation(body, ANY_NEIGHBOR))
 
 
 def _crumb_maps(crumbs: np.ndarray, deep: np.ndarray, bars: list[Bar]) -> tuple[np.ndarray, np.ndarray]:
