@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from scipy.ndimage import gaussian_filter
 
 from .cameras import Camera, orbit_angles, orbit_camera
@@ -32,6 +33,8 @@ COLOR_SCALE_PX = 4.0
 HUE_SHARE = 0.3
 """Part of a drawn change of hue that is painted; of lightness it is all."""
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+PLAIN = 0.015
+"""Contrast that is painted where there was none; elsewhere it is as much as there was more."""
 NEARLY_BLACK = 0.1
 """Colors this dark have no hue to keep: they become lighter in gray."""
 CLEARANCE = 0.25
@@ -114,15 +117,25 @@ def redraw_texture(
 
 def repainted(drawn: np.ndarray, before: np.ndarray) -> np.ndarray:
     """Straight colors (h, w, 3) of a redrawn view as they are painted: lighter and darker as it is drawn, but with little of
-    its own hue. Hue drawn where the texture is plain is mostly specks: green and red ones on a cream head.
+    its own hue, and at most twice the contrast that was there.
+
+    What is drawn where the texture is plain is mostly specks, green and red ones on a cream head, and dark patches in hazes.
 
     Args:
         drawn, before: Premultiplied RGBA of one silhouette.
     """
     own, wanted = spread(before), spread(drawn) + drift(drawn, before)
-    lighter = ((wanted - own) @ LUMA)[..., None]
-    along = lighter * (own + NEARLY_BLACK) / ((own @ LUMA)[..., None] + NEARLY_BLACK)
-    return (own + along + HUE_SHARE * (wanted - own - along)).clip(0, 1)
+    lighter = (wanted - own) @ LUMA
+    found, asked = (contrast(detail, before[..., 3]) for detail in ((own - smooth_color(before)) @ LUMA, lighter))
+    share = np.minimum(1, (found + PLAIN) / np.maximum(asked, 1e-6))[..., None]
+    along = lighter[..., None] * (own + NEARLY_BLACK) / ((own @ LUMA)[..., None] + NEARLY_BLACK)
+    return (own + share * (along + HUE_SHARE * (wanted - own - along))).clip(0, 1)
+
+
+def contrast(detail: Float[np.ndarray, "h w"], alpha: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
+    """Root of the mean square of detail around each pixel inside a silhouette."""
+    weights = np.maximum(gaussian_filter(alpha, COLOR_SCALE_PX), 1e-4)
+    return np.sqrt(gaussian_filter(alpha * np.square(detail), COLOR_SCALE_PX) / weights)
 
 
 def drift(drawn: np.ndarray, before: np.ndarray) -> np.ndarray:
@@ -133,9 +146,13 @@ def drift(drawn: np.ndarray, before: np.ndarray) -> np.ndarray:
     Args:
         drawn, before: Premultiplied RGBA of one silhouette.
     """
-    smooth = [gaussian_filter(picture, (COLOR_SCALE_PX, COLOR_SCALE_PX, 0)) for picture in (before, drawn)]
-    wanted, found = (picture[..., :3] / np.maximum(picture[..., 3:], 1e-4) for picture in smooth)
-    return wanted - found
+    return smooth_color(before) - smooth_color(drawn)
+
+
+def smooth_color(picture: np.ndarray) -> np.ndarray:
+    """Large-scale straight colors (h, w, 3) of a premultiplied RGBA picture."""
+    smooth = gaussian_filter(picture, (COLOR_SCALE_PX, COLOR_SCALE_PX, 0))
+    return smooth[..., :3] / np.maximum(smooth[..., 3:], 1e-4)
 
 
 def spread(picture: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from conrad_engine.mesh.bake import Photo, bake_texture
 from conrad_engine.mesh.canvas import Canvas
 from conrad_engine.mesh.raster import rasterize, render_mesh
 from conrad_engine.mesh.unwrap import unwrap
-from conrad_engine.redraw import HUE_SHARE, redraw_texture, repainted, view_angles_deg, view_camera
+from conrad_engine.redraw import HUE_SHARE, PLAIN, redraw_texture, repainted, view_angles_deg, view_camera
 from conrad_engine.training import degrade, train_detail, views
 
 from .mesh_scenes import box_mesh, camera, sphere_mesh
@@ -319,7 +319,7 @@ def test_the_photo_stays_and_the_rest_is_painted(make):
     assert is_photo.mean() > 0.1
     assert (before[is_photo] == after[is_photo]).all()
     is_back = canvas.final == 0
-    assert (np.abs(before - after).max(1)[is_back] > 3).mean() > 0.6
+    assert (np.abs(before - after).max(1)[is_back] > 1).mean() > 0.6
     front = photo.camera.resized(128, 128)
     change = np.abs(render_mesh(mesh, front) - render_mesh(result, front)).max(-1)
     assert np.quantile(change, 0.98) < 0.01
@@ -331,30 +331,49 @@ def test_the_photo_stays_and_the_rest_is_painted(make):
 
 
 def test_drawn_lightness_is_painted_and_little_of_a_drawn_hue():
-    """A cream surface with fine checks: of dark ones all is kept, of green ones as light as the cream nearly nothing."""
+    """A cream surface with checks: of darker ones all is kept, of green ones as light as the cream nearly nothing."""
     cream = np.array([0.8, 0.7, 0.5], np.float32)
     luma = np.array([0.299, 0.587, 0.114], np.float32)
     green = np.array([0.5, 0.8, 0.5], np.float32)
     green *= (cream @ luma) / (green @ luma)
     checks = (np.indices((64, 64)).sum(0) % 2)[..., None].astype(np.float32)
-    before = np.concatenate([np.broadcast_to(cream, (64, 64, 3)), np.ones((64, 64, 1))], -1).astype(np.float32)
+    before = np.concatenate([cream * (0.8 + 0.4 * checks), np.ones((64, 64, 1))], -1).astype(np.float32)
+    plain = np.concatenate([np.broadcast_to(cream, (64, 64, 3)), np.ones((64, 64, 1))], -1).astype(np.float32)
     middle = np.s_[20:44, 20:44]
 
-    def painted(other):
-        drawn = before.copy()
-        drawn[..., :3] = cream + checks * (other - cream)
-        return repainted(drawn, before)[middle]
+    def painted(base, other):
+        drawn = base.copy()
+        drawn[..., :3] += checks * (other - cream)
+        return repainted(drawn, base)[middle]
 
     # The mean stays, so checks are as far from it on both sides.
-    dark, hue = painted(0.5 * cream), painted(green)
-    assert np.ptp(dark @ luma) == pytest.approx(0.5 * (cream @ luma), rel=0.02)
+    dark = painted(before, 0.7 * cream)
+    assert np.ptp(dark @ luma) == pytest.approx(0.1 * (cream @ luma), rel=0.05)
+    hue = painted(plain, green)
     assert np.allclose(np.ptp(hue, axis=(0, 1)), HUE_SHARE * np.abs(green - cream), atol=0.01)
     assert np.ptp(hue @ luma) < 0.01
     # What was there stays where nothing is drawn; black becomes gray, half as far as it is drawn, as it cannot get darker.
-    np.testing.assert_allclose(painted(cream), before[middle][..., :3], atol=1e-5)
+    np.testing.assert_allclose(painted(before, cream), before[middle][..., :3], atol=1e-5)
     black = before * [0, 0, 0, 1]
-    gray = repainted((black + checks * [0.2, 0.2, 0.2, 0]).astype(np.float32), black.astype(np.float32))[middle]
-    assert np.ptp(gray) == pytest.approx(0.1, rel=0.05) and np.ptp(gray, axis=2).max() < 1e-5
+    gray = repainted((black + checks * [0.02, 0.02, 0.02, 0]).astype(np.float32), black.astype(np.float32))[middle]
+    assert np.ptp(gray) == pytest.approx(0.01, rel=0.05) and np.ptp(gray, axis=2).max() < 1e-5
+
+
+def test_a_plain_surface_gets_little_contrast_and_a_textured_one_at_most_as_much_again():
+    checks = (np.indices((64, 64)).sum(0) % 2)[..., None] - 0.5
+    middle = np.s_[20:44, 20:44]
+
+    def painted(before: float, drawn: float) -> float:
+        """Difference between light and dark checks."""
+        pictures = (
+            np.concatenate([0.5 + part * checks * np.ones(3), np.ones((64, 64, 1))], -1) for part in (drawn, before)
+        )
+        return float(np.ptp(repainted(*(picture.astype(np.float32) for picture in pictures))[middle]))
+
+    assert painted(0.0, 0.4) == pytest.approx(2 * PLAIN, rel=0.02)
+    assert painted(0.0, PLAIN) == pytest.approx(PLAIN, rel=0.02)
+    assert painted(0.1, 0.6) == pytest.approx(0.2 + 2 * PLAIN, rel=0.02)
+    assert painted(0.1, 0.18) == pytest.approx(0.18, rel=0.02)
 
 
 def test_painted_texels_are_final():
