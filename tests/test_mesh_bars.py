@@ -9,8 +9,9 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from conrad_engine.config import MeshConfig
-from conrad_engine.mesh.bars import Bar, Line, _joined, find_bars, narrower_than, straight_lines
+from conrad_engine.mesh.bars import Bar, _joined, find_bars
 from conrad_engine.mesh.extract import extract_mesh
+from conrad_engine.mesh.lines import Line, narrower_than, straight_lines
 from conrad_engine.mesh.outline import SurfaceView, silhouette
 from conrad_engine.mesh.raster import rasterize
 
@@ -83,6 +84,16 @@ def test_what_passes_behind_a_bar_stays_whole():
     assert np.ptp(heights) > 0.15 and np.diff(heights).max() < 0.03
     (bar,) = find_bars(surface(body, view, round_bars=False), view, NO_THREADS).bars
     assert bar.line.length > 100  # pixels, on both sides of the stub
+
+
+def test_a_thread_is_strung_anew_between_what_it_hangs_on():
+    """At the back of a blade, which is gone then: the wire comes forward with it."""
+    other = rod(0.03, (0.45, 0.03, -0.4), (0.45, 0.03, 0.5))
+    wire = rod(0.006, (0.0, 0.04, 0.42), (0.45, 0.04, 0.42))
+    body = union(BASE, BLADE, other, wire)
+    mesh = surface(body, view_of(body, 384))
+    middle = (np.abs(mesh.vertices - [0.15, 0.0, 0.42]) < [0.05, 0.2, 0.03]).all(1)
+    assert mesh.vertices[middle][:, 1].mean() < 0.038  # 0.045 where it hung before
 
 
 def test_several_pictures_know_how_deep_it_is():
