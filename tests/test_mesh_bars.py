@@ -179,6 +179,17 @@ def test_an_end_joins_what_it_touches_but_not_what_lies_far_behind():
     assert joined.depths(np.array([0.0, 80.0])) == pytest.approx([3.1, 3.0 - inner])
 
 
+def test_known_depths_stay():
+    posts = [rod(0.025, (x, y, -0.4), (x, y, 0.5)) for x, y in ((-0.3, -0.1), (0.3, 0.0))]
+    body = union(BASE, *posts, rod(0.018, (-0.3, -0.1, 0.2), (0.28, -0.1, 0.25)))
+    view = view_of(body)
+    mesh = surface(body, view, round_bars=False)
+    found = [find_bars(mesh, view, NO_THREADS, may_move).bars for may_move in (True, False)]
+    moved, kept = (1 / np.array(min(bars, key=lambda bar: bar.trust).inverse_depths) for bars in found)
+    assert np.ptp(kept) < 0.02
+    assert np.ptp(moved) == pytest.approx(0.1, abs=0.03)  # as the posts
+
+
 def test_nothing_is_found_where_nothing_is():
     view = view_of(union(BASE, BLADE))
     whole = surface(union(BASE, BLADE), view)

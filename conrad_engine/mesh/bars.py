@@ -130,12 +130,13 @@ class Bars:
         return torch.maximum(values, torch.from_numpy(body * z_depths / float(self.camera.intrinsics[0])).to(values))
 
 
-def find_bars(mesh: Mesh, view: SurfaceView, threads: Bool[np.ndarray, "h w"]) -> Bars | None:
+def find_bars(mesh: Mesh, view: SurfaceView, threads: Bool[np.ndarray, "h w"], may_move: bool = True) -> Bars | None:
     """The bars of a picture, where a surface has them; None where there are none.
 
     Args:
         mesh: The surface so far.
         threads: What is too narrow for a grid's cells, `SILHOUETTE` pixels along the longer side.
+        may_move: Whether their ends may join what they touch in the picture; not where depths are known.
     """
     camera, soft = view.resized(SILHOUETTE)
     camera, mask = camera.to("cpu", torch.float32), soft > 0.5
@@ -157,7 +158,7 @@ def find_bars(mesh: Mesh, view: SurfaceView, threads: Bool[np.ndarray, "h w"]) -
     for bar in bars:
         own = np.where(slender & bar.line.area(mask.shape, 1.5), np.maximum(own, sum(bar.line.halves)), own)
     reach = REACH * side / float(camera.intrinsics[0])
-    for k, bar in enumerate(bars):
+    for k, bar in enumerate(bars if may_move else []):
         bars[k] = _joined(bar, bars[:k], mask & (own == 0), front, back, camera, reach)
     log.info("%d straight slender parts are made round", len(bars))
     crumbs = _crumbs(slender & (own == 0), own, mask & ~slender)

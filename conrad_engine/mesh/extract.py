@@ -178,7 +178,7 @@ def extract_mesh(
         for view, thin in zip(views, threads):  # where an outline came in from two sides it may have opened a hole
             values, mesh = _with_missing_parts(values, mesh, [], grid, view, thin)
     if config.round_bars and len(views) == 1:  # others would know how deep its bars are
-        bars = find_bars(mesh, views[0], threads[0].mask)
+        bars = find_bars(mesh, views[0], threads[0].mask, may_move)
         if bars is not None:
             values = bars.put_into(torch.from_numpy(values).flatten(), grid.positions()).view(grid.shape).numpy()
             values, mesh = _with_missing_parts(values, grid.surface(values), [], grid, views[0], threads[0])
