@@ -69,8 +69,8 @@ class Line:
 
 def narrower_than(widest: float, deep: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
     """Pixels of a mask, given by the distances to what is outside, that no disk of this diameter in it covers."""
-    core = deep >= widest / 2
-    return (deep > 0) & (distance_transform_edt(~core) >= widest / 2) if core.any() else deep > 0
+    core = deep > widest / 2
+    return (deep > 0) & (distance_transform_edt(~core) > widest / 2) if core.any() else deep > 0
 
 
 def straight_lines(

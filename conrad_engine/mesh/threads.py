@@ -15,6 +15,7 @@ from scipy.ndimage import distance_transform_edt, label, maximum, minimum
 from torch import Tensor
 
 from ..cameras import Camera
+from .lines import ANY_NEIGHBOR, narrower_than
 from .outline import SILHOUETTE, SurfaceView, lookup, outline_distances
 
 THREAD_CELLS = 1.5
@@ -27,7 +28,6 @@ BESIDE_PX = 5
 """What is so near to a thread tells where its ends are."""
 COVERED_SHARE = 0.95
 """A thread of which a surface covers less is broken."""
-ANY_NEIGHBOR = np.ones((3, 3), bool)
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class Threads:
 def find_threads(mask: Bool[np.ndarray, "h w"], cell_px: float) -> Bool[np.ndarray, "h w"]:
     """The parts of a silhouette that no disk of `THREAD_CELLS` fits into."""
     reach = THREAD_CELLS / 2 * cell_px
-    core = distance_transform_edt(mask) > reach
-    thin = mask & (distance_transform_edt(~core) > reach) if core.any() else mask
+    thin = narrower_than(2 * reach, distance_transform_edt(mask))
     parts, _ = label(thin, ANY_NEIGHBOR)
     return thin & (np.bincount(parts.ravel()) >= max(LEAST_PIXELS, reach**2))[parts]
 
