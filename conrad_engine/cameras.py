@@ -242,6 +242,8 @@ class CameraSetup:
     camera: Camera
     """Of the original picture, float64."""
     object_center: Float[Tensor, "3"]
+    """Middle of the object's upright box. Where it appears beside the middle of the silhouette says how the object stands; a
+    center far beside it gives its depth alone (`preprocess.framing`)."""
     object_size: float | None = None
     """Rough largest side of the object, world units; None when unknown."""
 

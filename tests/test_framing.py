@@ -9,13 +9,21 @@ import torch
 from conrad_engine.cameras import CameraSetup, default_camera, look_at, orbit_angles
 from conrad_engine.config import HALF_FRAME, REFERENCE_EXTENT, PictureConfig
 from conrad_engine.errors import InputError
-from conrad_engine.preprocess.framing import condition_picture, final_similarity, frame_object, silhouette_extent
+from conrad_engine.preprocess.framing import (
+    MOST_BESIDE,
+    MOST_REACH,
+    condition_picture,
+    final_similarity,
+    frame_object,
+    silhouette_bounds,
+)
 
 from .conftest import figure_rgba
 
 
-def off_center_setup(width=160, height=120) -> tuple[CameraSetup, np.ndarray]:
-    """A rolled camera with an off-center principal point, and the mask of a box seen through it."""
+def off_center_setup(width=160, height=120, right=0.0) -> tuple[CameraSetup, np.ndarray]:
+    """A rolled camera with an off-center principal point, and the mask of a box seen through it, whose middle is 2 pixels below
+    the object's center and `right` of the box's longest side beside it."""
     position = torch.tensor([3.0, -4.0, 3.0], dtype=torch.float64)
     c2w = look_at(position, torch.tensor([0.3, 0.2, 1.0], dtype=torch.float64))
     roll = math.radians(12)
@@ -32,6 +40,7 @@ def off_center_setup(width=160, height=120) -> tuple[CameraSetup, np.ndarray]:
     setup = CameraSetup.from_json(data)
     mask = np.zeros((height, width), np.float32)
     u, v = setup.camera.project(setup.object_center[None])[0][0].round().int().tolist()
+    u += round(44 * right)
     mask[v - 20 : v + 24, u - 14 : u + 15] = 1
     return setup, mask
 
@@ -42,14 +51,32 @@ def test_frame_with_a_camera_puts_the_object_where_it_says():
     azimuth, elevation, distance = orbit_angles(frame.camera.positions)
     assert float(azimuth) == pytest.approx(0, abs=1e-9), "the reference camera stands on -Y"
     assert float(elevation) > 0.2 and frame.elevation_rad == float(elevation)
-    origin, z_depth = frame.camera.project(torch.zeros(1, 3, dtype=torch.float64))
+    world_origin = frame.to_world.points(torch.zeros(3, dtype=torch.float64))
+    assert world_origin.tolist() == pytest.approx(setup.object_center.tolist()), "its origin is the object's center"
+    assert float(frame.to_world.points(torch.tensor([0.0, 0, 1]).double())[2] - world_origin[2]) > 0, "+Z stays up"
+
+
+def test_a_center_far_beside_the_silhouette_gives_its_depth_alone():
+    setup, mask = off_center_setup(right=MOST_BESIDE + 0.05)
+    frame = frame_object(mask, setup, PictureConfig())
+    origin = frame.to_world.points(torch.zeros(1, 3, dtype=torch.float64))
+    (uv,), (z_depth,) = setup.camera.project(origin)
+    (_, center_depth) = setup.camera.project(setup.object_center[None])
     rows, columns = np.nonzero(mask)
     middle = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
-    assert origin[0].tolist() == pytest.approx(middle, abs=3.0), "its origin is near the silhouette's middle"
-    world_origin = frame.to_world.points(torch.zeros(3, dtype=torch.float64))
-    expected_depth = setup.camera.project(setup.object_center[None])[1]
-    assert float(setup.camera.project(world_origin[None])[1]) == pytest.approx(float(expected_depth))
-    assert float(frame.to_world.points(torch.tensor([0.0, 0, 1]).double())[2] - world_origin[2]) > 0, "+Z stays up"
+    assert uv.tolist() == pytest.approx(middle, abs=1.0) and float(z_depth) == pytest.approx(float(center_depth))
+
+
+@pytest.mark.parametrize("right", [-0.1, 0.1])
+def test_a_center_beside_the_silhouettes_middle_stays_the_origin_and_the_picture_shows_all(right):
+    setup, mask = off_center_setup(right=right)
+    frame = frame_object(mask, setup, PictureConfig())
+    picture = condition_picture(np.ones((*mask.shape, 3), np.float32), mask, frame)
+    columns = (picture[3] > 0.5).any(0).nonzero().flatten()
+    beside = (float(columns[0] + columns[-1] + 1) / 2 - 128) / (0.8 * 256)
+    assert beside == pytest.approx(right, abs=0.04), "right in the user's picture is right in the prior's"
+    edge = torch.cat([picture[3, 0], picture[3, -1], picture[3, :, 0], picture[3, :, -1]])
+    assert float(edge.max()) == 0
 
 
 def test_frame_and_world_project_to_the_same_pixels(generator):
@@ -64,14 +91,23 @@ def test_frame_and_world_project_to_the_same_pixels(generator):
 def test_silhouette_has_its_extent_on_the_plane_through_the_origin():
     setup, mask = off_center_setup()
     frame = frame_object(mask, setup, PictureConfig())
-    _, extent = silhouette_extent(frame.camera, mask, torch.zeros(3, dtype=torch.float64))
-    assert extent * frame.distance == pytest.approx(REFERENCE_EXTENT, rel=1e-6)
+    _, low, high = silhouette_bounds(frame.camera, mask, torch.zeros(3, dtype=torch.float64))
+    assert float((high - low).max()) * frame.distance == pytest.approx(REFERENCE_EXTENT, rel=1e-6)
     half = math.tan(2 * math.atan(HALF_FRAME / frame.distance) / 2) * frame.distance
     assert half == pytest.approx(HALF_FRAME)
 
 
-def test_condition_picture_shows_the_object_centered_at_80_percent_and_upright():
+def test_a_silhouette_beside_the_origin_is_smaller_so_that_the_conditioning_view_holds_it():
     setup, mask = off_center_setup()
+    mask = np.roll(mask, 5, axis=0)
+    frame = frame_object(mask, setup, PictureConfig())
+    _, low, high = silhouette_bounds(frame.camera, mask, torch.zeros(3, dtype=torch.float64))
+    assert float(torch.maximum(-low, high).max()) * frame.distance == pytest.approx(MOST_REACH, rel=1e-6)
+    assert 0.9 * REFERENCE_EXTENT < float((high - low).max()) * frame.distance < REFERENCE_EXTENT
+
+
+def test_condition_picture_shows_the_object_centered_at_80_percent_and_upright():
+    setup, mask = off_center_setup(right=MOST_BESIDE + 0.05)
     frame = frame_object(mask, setup, PictureConfig())
     picture = condition_picture(np.ones((*mask.shape, 3), np.float32) * 0.5, mask, frame)
     rows, columns = (picture[3] > 0.5).any(1).nonzero().flatten(), (picture[3] > 0.5).any(0).nonzero().flatten()
