@@ -16,7 +16,8 @@ from .errors import InputError
 from .files import BackgroundWriter
 from .state import State
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+"""1 was of object frames around the silhouette's middle, whatever the user's center was."""
 FILE_NAME = "checkpoint.pt"
 
 

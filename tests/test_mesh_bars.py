@@ -86,6 +86,20 @@ def test_what_passes_behind_a_bar_stays_whole():
     assert bar.line.length > 100  # pixels, on both sides of the stub
 
 
+def test_what_crosses_before_a_rung_does_not_say_how_deep_it_is():
+    posts = [rod(0.026, (x, -0.2, -0.35), (x, -0.2, 0.5)) for x in (np.arange(-3, 4) * 0.1).tolist()]
+    ends = (-0.38, -0.1, 0.25), (0.38, 0.3, 0.25)
+    body = union(box((0.38, 0.25, 0.08), (0.0, 0.0, -0.4)), rod(0.018, *ends), *posts)
+    view = view_of(body)
+    found = find_bars(surface(body, view, round_bars=False), view, NO_THREADS)
+    (rung,) = [bar for bar in found.bars if abs(bar.line.along[0]) > 0.9]  # what is seen of it between some of them
+    uv, z_depths = (x.numpy() for x in found.camera.project(torch.tensor(ends)))
+    where = rung.line.start[0] + np.array([0, rung.line.length]) * rung.line.along[0]
+    assert 1 / rung.depths(np.array([0, rung.line.length])) == pytest.approx(
+        np.interp(where, uv[:, 0], 1 / z_depths), abs=0.003
+    )
+
+
 def test_a_thread_is_strung_anew_between_what_it_hangs_on():
     """At the back of a blade, which is gone then: the wire comes forward with it."""
     other = rod(0.03, (0.45, 0.03, -0.4), (0.45, 0.03, 0.5))

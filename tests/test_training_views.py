@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conrad_engine import cameras as project_cameras
-from conrad_engine.config import HALF_BOX, HALF_FRAME
+from conrad_engine.config import HALF_BOX, HALF_FRAME, REFERENCE_EXTENT
 from conrad_engine.errors import InputError, MissingDependency
 from conrad_engine.training import batches, evaluate_prior, raster, sources, views
 from conrad_engine.training.pool import Pool
@@ -245,7 +245,11 @@ def test_framed_objects_have_the_asked_fill_and_the_origin_in_its_place(is_cente
         distance = HALF_FRAME / math.tan(framing.fov_rad / 2)
         camera = project_cameras.orbit_camera(framing.azimuth_rad, framing.elevation_rad, distance, framing.fov_rad, 2)
         uv = camera.project(torch.from_numpy(moved).float())[0].numpy() - 1  # -1 to 1
-        assert np.ptp(uv, axis=0).max() == pytest.approx(2 * framing.fill, abs=2e-3)
+        if is_centered or np.abs(uv).max() < views.HIGHEST_REACH - 1e-3:
+            assert np.ptp(uv, axis=0).max() == pytest.approx(2 * framing.fill, abs=2e-3)
+        else:
+            assert np.abs(uv).max() == pytest.approx(views.HIGHEST_REACH, abs=1e-3)
+            assert np.ptp(uv, axis=0).max() < 2 * framing.fill
         center = (moved.min(0) + moved.max(0)) / 2
         if is_centered:
             np.testing.assert_allclose(uv.min(0) + uv.max(0), 0, atol=2e-3)
@@ -256,6 +260,36 @@ def test_framed_objects_have_the_asked_fill_and_the_origin_in_its_place(is_cente
         # Moved and scaled only.
         ratios = np.ptp(moved, axis=0) / np.ptp(vertices, axis=0)
         np.testing.assert_allclose(ratios, ratios[0])
+
+
+def test_placed_objects_lie_as_the_product_would_put_them():
+    """Box centers at the origin but for the users' own errors, all in the frame; silhouettes alone in the middle."""
+    rng = np.random.default_rng(2)
+    kinds = set()
+    for _ in range(30):
+        vertices = rng.uniform(-0.5, 0.5, (50, 3)) * rng.uniform(0.3, 1, 3)
+        moved, framing = views.place(rng, vertices)
+        uv = views.projected(moved, framing, HALF_FRAME / math.tan(framing.fov_rad / 2))
+        beside = np.abs(uv.min(0) + uv.max(0)).max() / 2 / np.ptp(uv, axis=0).max()
+        center = (moved.min(0) + moved.max(0)) / 2
+        kinds.add(framing.is_silhouette_centered)
+        if framing.is_silhouette_centered:
+            assert beside < 0.02
+        else:
+            assert (
+                beside < views.MOST_BESIDE + 0.08 and np.abs(center).max() < 5 * views.ROUGH_JITTER * REFERENCE_EXTENT
+            )
+            assert np.abs(uv).max() < 1.1
+    assert kinds == {True, False}
+
+
+def test_a_size_is_known_where_the_origin_is_the_box_center(monkeypatch):
+    mesh, shape = box(0.4, 0.7, 0.5), views.Shape(8, 1, 2)
+    for is_centered in (True, False):
+        monkeypatch.setattr(views, "P_CENTERED", float(is_centered))
+        pictures, cameras = np.zeros((2, 8, 8, 4), np.uint8), np.zeros((2, 4), np.float32)
+        size = views.render_group(np.random.default_rng(0), mesh, False, pictures, cameras, shape)
+        assert size == 0 if is_centered else 0.9 < size < 2
 
 
 def test_a_bus_seen_head_on_is_framed_from_outside():
@@ -350,7 +384,8 @@ def test_the_views_command_renders_a_round(pool_folder, tmp_path, capsys):
     assert pictures.shape == (3, views.N_GROUPS, views.N_VIEWS, 64, 64, 4)  # two objects and a procedural one
     assert np.load(tmp_path / "sources.npy").tolist() == [0, 0, sources.SOURCES.index("procedural")]
     assert (cameras[:, :, 0, 0] == 0).all() and (cameras[..., 2] > 0).all()
-    assert ((sizes > 0.5) & (sizes < 3)).all()
+    is_known = sizes > 0
+    assert is_known.any() and ((sizes > 0.5) & (sizes < 3))[is_known].all()
     assert ((pictures[..., 3] > 127).mean((-1, -2)) >= 0.005).all()
     loaded = batches.load_round(tmp_path, 0, torch.device("cpu"))
     assert (loaded.chances > 0).all()

@@ -146,9 +146,14 @@ def find_bars(mesh: Mesh, view: SurfaceView, threads: Bool[np.ndarray, "h w"], m
     side = float(max(np.ptp(np.nonzero(mask)[0]), np.ptp(np.nonzero(mask)[1])) + 1)
     deep = distance_transform_edt(mask)
     slender = narrower_than(WIDEST * side, deep) & ~threads
+    lines = list(straight_lines(slender, deep, LEAST_LENGTH * side))
+    areas = [slender & line.area(mask.shape, 0) for line in lines]
     bars = []
-    for line in straight_lines(slender, deep, LEAST_LENGTH * side):
-        bar = _fitted(line, slender & line.area(mask.shape, 0), front, back, camera, DEEPEST * side)
+    for line, area in zip(lines, areas):
+        # Where two cross, the picture shows only one of them.
+        crossing = [other for way, other in zip(lines, areas) if abs(way.along @ line.along) < PARALLEL]
+        own = area & ~np.any(crossing, axis=0) if crossing else area
+        bar = _fitted(line, own, front, back, camera, DEEPEST * side)
         if bar is not None:
             bars.append(bar)
     if not bars:

@@ -22,8 +22,8 @@ from .views import N_GROUPS, N_VIEWS, SIZE
 
 SOURCE_SHARES = dict(zip(SOURCES, (0.42, 0.18, 0.24, 0.08, 0.08)))
 """Parts of the samples; those of absent sources go to the others in proportion."""
-P_UNKNOWN_ELEVATION, P_UNKNOWN_SIZE, P_NO_REFERENCE, P_PERMUTED_COLORS = 0.15, 0.5, 0.1, 0.3
-SIZE_NOISE = 0.1
+P_UNKNOWN_ELEVATION, P_UNKNOWN_SIZE, P_NO_REFERENCE, P_PERMUTED_COLORS = 0.15, 0.2, 0.1, 0.3
+SIZE_NOISE = 0.05
 """Standard deviation of the logarithm of a known size."""
 
 
@@ -43,6 +43,7 @@ class Round:
     """(objects, groups, views, size, size, 4) 8-bit straight RGBA."""
     cameras: Tensor
     sizes: Tensor
+    """(objects, groups), 0 where unknown."""
     chances: Tensor
     """(objects,) sampling weights; 0 where rendering failed."""
 
@@ -158,14 +159,15 @@ def _mirrored(pictures: Tensor, is_mirrored: Tensor) -> Tensor:
 
 
 def _facts(camera: Tensor, size: Tensor, is_training: bool) -> Reference:
-    ones, log_size = torch.ones_like(size), size.log()
+    ones, is_known = torch.ones_like(size), (size > 0).float()
+    log_size = torch.where(size > 0, size, 1.0).log()
     if not is_training:
-        return Reference(camera, ones, ones, log_size, 0 * ones)
+        return Reference(camera, ones, ones, log_size, is_known)
     chance = torch.rand(3, len(size), device=size.device)
     return Reference(
         camera=camera,
         is_elevation_known=(chance[0] > P_UNKNOWN_ELEVATION).float(),
         is_present=(chance[1] > P_NO_REFERENCE).float(),
         log_size=log_size + torch.randn_like(log_size) * SIZE_NOISE,
-        is_size_known=(chance[2] > P_UNKNOWN_SIZE).float(),
+        is_size_known=(chance[2] > P_UNKNOWN_SIZE).float() * is_known,
     )

@@ -4,9 +4,9 @@
     python -m conrad_engine.training.views --pool DIR --out DIR --rounds 10 --size 128 --groups 2 --views 5 --tight
 
 A round r is `views_r.npy` (objects, groups, views, 64, 64, 4) 8-bit straight RGBA, `cameras_r.npy` (objects, groups, views,
-4) (azimuth relative to the reference, elevation, distance, tan of half the field of view), `sizes_r.npy` (objects, groups)
-and, once all is written, `done_r`; options set other sizes and numbers. `sources.npy` (objects,) indexes `SOURCES`. Objects
-that fail keep distances of 0.
+4) (azimuth relative to the reference, elevation, distance, tan of half the field of view), `sizes_r.npy` (objects, groups),
+0 where the product would not know them, and, once all is written, `done_r`; options set other sizes and numbers. `sources.npy`
+(objects,) indexes `SOURCES`. Objects that fail keep distances of 0.
 
 A group is one object of one stretch, one light and one field of view in the product's object frame: view 0 is the reference,
 framed as the product frames a picture (its silhouette fills 80 % of a frame whose half side at the origin is 0.75); the other
@@ -31,6 +31,7 @@ import numpy as np
 from ..config import HALF_BOX, HALF_FRAME, REFERENCE_EXTENT
 from ..errors import ConradError, InputError
 from ..mesh.clean import face_components
+from ..preprocess.framing import MOST_BESIDE, MOST_REACH
 from .pool import Pool, PoolMesh
 from .raster import (
     Light,
@@ -53,8 +54,14 @@ CLEARANCE = 0.25
 MIN_COVERAGE = 0.01
 """Part of the reference's pixels that the object covers at least."""
 P_COMPANION, P_RECOLOR, P_WITHOUT_PARTS, P_PART_GONE = 0.06, 0.25, 0.15, 0.3
+HIGHEST_REACH = MOST_REACH / HALF_FRAME
+"""How far from the middle of the reference's frame a silhouette reaches at most, of the way to its border."""
 LARGEST_PART = 0.5
 """Part of an object's area that a piece of it has at most to be left out."""
+P_CENTERED = 0.35
+"""Of references without a camera, whose silhouette is the product's only hint of where the object's center is."""
+P_ROUGH, ROUGH_JITTER, FINE_JITTER = 0.3, 0.02, 0.004
+"""How far off the object's center lies, longest sides of the silhouette; some are lined up by eye."""
 P_TALLER, P_TURNED_PROFILE, P_FLATTER = 0.7, 0.5, 0.15
 POOLS: dict[str, Pool] = {}
 
@@ -99,7 +106,7 @@ class Framing:
     fill: float
     """Part of the reference frame that the silhouette's longer side takes."""
     is_silhouette_centered: bool
-    """Whether the origin is the middle of the silhouette, at the depth of the box center, or the box center itself."""
+    """Whether the origin is the silhouette's middle, as without a camera, at the depth of the box center, or that center."""
 
 
 def projected(vertices: np.ndarray, framing: Framing, distance: float) -> np.ndarray:
@@ -114,7 +121,8 @@ def framed(vertices: np.ndarray, framing: Framing) -> np.ndarray:
 
     Scale and shift depend on each other through perspective, so both are solved for the vertices on the silhouette's rim,
     which are then looked up again; this settles in a few rounds. Where an object is so long towards the camera that the
-    clearance does not allow the asked fill, the silhouette stays smaller: `is_usable` tells.
+    clearance does not allow the asked fill, the silhouette stays smaller: `is_usable` tells. So does one beside the origin that
+    would leave the frame.
     """
     tan_half = math.tan(framing.fov_rad / 2)
     distance = HALF_FRAME / tan_half
@@ -134,6 +142,10 @@ def framed(vertices: np.ndarray, framing: Framing) -> np.ndarray:
             weights = 1 / (distance - near[np.stack([low, high])] * scale)
             rims = across[np.stack([low, high]), sides] * scale
             shift = -(rims * weights).sum(0) / weights.sum(0)
+    if not framing.is_silhouette_centered:
+        # |x| s / (d - n s) is within the reach for all of them up to this scale.
+        limit = HIGHEST_REACH * tan_half
+        scale = min(scale, limit * distance / float((np.abs(across) + limit * near[:, None]).max()))
     return centered * scale + axes[:, :2] @ shift
 
 
@@ -155,7 +167,7 @@ def _scale_for(
 def is_usable(moved: np.ndarray, framing: Framing) -> bool:
     """Whether framed vertices fill the picture as asked and fit the product's box, with some tolerance."""
     uv = projected(moved, framing, HALF_FRAME / math.tan(framing.fov_rad / 2))
-    is_filled = np.ptp(uv, axis=0).max() > 0.97 * 2 * framing.fill
+    is_filled = np.ptp(uv, axis=0).max() > 0.97 * 2 * framing.fill or np.abs(uv).max() > 0.99 * HIGHEST_REACH
     return bool(is_filled and np.ptp(moved, axis=0).max() <= 1.2 * 2 * HALF_BOX)
 
 
@@ -167,12 +179,12 @@ def random_framing(rng: np.random.Generator, fov_rad: float) -> Framing:
         elevation_rad=math.radians(rng.uniform(low, high)),
         azimuth_rad=rng.uniform(-math.pi, math.pi),
         fill=rng.uniform(0.72, 0.85),
-        is_silhouette_centered=bool(rng.random() < 0.5),
+        is_silhouette_centered=bool(rng.random() < P_CENTERED),
     )
 
 
 def place(rng: np.random.Generator, vertices: np.ndarray) -> tuple[np.ndarray, Framing]:
-    """The vertices in the object frame of a random reference view, with a little jitter.
+    """The vertices in the object frame of a random reference view, as far beside its origin as users' centers are.
 
     Views that are not usable (along the object's length, mostly) are drawn again a few times.
     """
@@ -182,12 +194,17 @@ def place(rng: np.random.Generator, vertices: np.ndarray) -> tuple[np.ndarray, F
         moved = framed(vertices, framing)
         if not framing.is_silhouette_centered:
             uv = projected(moved, framing, HALF_FRAME / math.tan(fov_rad / 2))
-            if np.abs(uv).max() > 0.98:  # cut off by the frame: the product would have centered it
+            if np.abs(uv.min(0) + uv.max(0)).max() / 2 > MOST_BESIDE * np.ptp(uv, axis=0).max():  # as the product does
                 framing = replace(framing, is_silhouette_centered=True)
                 moved = framed(vertices, framing)
         if is_usable(moved, framing):
             break
-    return moved + rng.normal(size=3) * (0.02 * REFERENCE_EXTENT), framing
+    jitter = ROUGH_JITTER if rng.random() < P_ROUGH else FINE_JITTER
+    offset = rng.normal(size=3) * (jitter * REFERENCE_EXTENT)
+    if framing.is_silhouette_centered:  # the product centers it whatever the offset is: what is left of it is depth
+        backward = orbit_camera(framing.azimuth_rad, framing.elevation_rad, 1.0)[:, 2]
+        offset = backward * (offset @ backward)
+    return moved + offset, framing
 
 
 def clear_distance(vertices: np.ndarray, azimuth_rad: float, elevation_rad: float) -> float:
@@ -318,7 +335,12 @@ def render_group(
     cameras: np.ndarray,
     shape: Shape = Shape(),
 ) -> float:
-    """Fill one group's views and cameras; returns the longest box side as a multiple of the reference's extent."""
+    """Fill one group's views and cameras.
+
+    Returns:
+        The longest box side as a multiple of the reference's extent; 0 where the reference is one without a camera, for which
+        the product knows no size. So a known size also says that the origin is the box center.
+    """
     if is_train:
         mesh = without_parts(rng, mesh) if rng.random() < P_WITHOUT_PARTS else mesh
         mesh = recolored(rng, mesh) if rng.random() < P_RECOLOR else mesh
@@ -329,7 +351,7 @@ def render_group(
         render_views(replace(mesh, vertices=vertices.astype(np.float32)), framing, rows, random_light(rng), views)
         if (views[0, ..., 3] > 127).mean() >= MIN_COVERAGE:
             cameras[:] = rows
-            return float(np.ptp(vertices, axis=0).max()) / REFERENCE_EXTENT
+            return 0.0 if framing.is_silhouette_centered else float(np.ptp(vertices, axis=0).max()) / REFERENCE_EXTENT
     raise ValueError(f"no reference in four shows more than {MIN_COVERAGE:.0%} of it")
 
 
