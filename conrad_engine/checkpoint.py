@@ -62,7 +62,7 @@ def load_checkpoint(folder: Path, state: State, config: PipelineConfig, inputs: 
     path = folder / FILE_NAME
     if not path.exists():
         return False
-    advice = "choose another folder, or leave out --resume to start again"
+    advice = "start it again as a new job (on the command line choose another folder, or leave out --resume)"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content["version"]

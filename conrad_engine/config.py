@@ -25,9 +25,10 @@ from .model_config import (  # noqa: F401  all settings have their names here
 )
 
 REFERENCE_EXTENT = 1.2
-"""Longest side of the reference silhouette in the object frame: this defines the frame's unit."""
+"""Longest side of the reference silhouette in the object frame: this defines the frame's unit. Up to a tenth less where the
+silhouette lies beside the origin (`preprocess.framing`)."""
 HALF_FRAME = 0.75
-"""Half side, at the origin, of what the conditioning view of the prior shows: the silhouette fills 80 % of it."""
+"""Half side, at the origin, of what the conditioning view of the prior shows: the silhouette fills up to 80 % of it."""
 HALF_BOX = 1.0
 """The field lives inside [-1, 1]³ of the object frame."""
 AUTO = "auto"

@@ -61,7 +61,7 @@ def test_a_center_far_beside_the_silhouette_gives_its_depth_alone():
     frame = frame_object(mask, setup, PictureConfig())
     origin = frame.to_world.points(torch.zeros(1, 3, dtype=torch.float64))
     (uv,), (z_depth,) = setup.camera.project(origin)
-    (_, center_depth) = setup.camera.project(setup.object_center[None])
+    _, center_depth = setup.camera.project(setup.object_center[None])
     rows, columns = np.nonzero(mask)
     middle = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
     assert uv.tolist() == pytest.approx(middle, abs=1.0) and float(z_depth) == pytest.approx(float(center_depth))

@@ -2,9 +2,10 @@
 
     python -m conrad_engine.training.evaluate_prior --pool POOL --weights prior.safetensors --out DIR
 
-Every object is seen once from elevation 15, framed as the product frames a picture, and sampled at seven azimuths on the level
-and seven at elevation 30. Writes `prior_scores.json` and `prior_sheet.png`. `agreement` is the mean IoU between sampled
-silhouettes and the visual hull carved from all of them (the true silhouettes' own value stands in the row `truth`).
+Every object is seen once from elevation 15, framed as the product frames a picture without a camera, and sampled at seven
+azimuths on the level and seven at elevation 30. Writes `prior_scores.json` and `prior_sheet.png`. `agreement` is the mean IoU
+between sampled silhouettes and the visual hull carved from all of them (the true silhouettes' own value stands in the row
+`truth`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Pictures are premultiplied RGBA scaled to [-1, 1] (empty = -1 in all channels). Schedule: alpha = cos(pi t / 2),
 sigma = sin(pi t / 2), t in [0, 1]; the network predicts v = alpha * noise - sigma * x0 (Salimans and Ho, arXiv:2202.00512).
 A camera is a row (azimuth_rad relative to the reference, elevation_rad, distance, tan_half_fov) of the object frame: it looks
-at the origin, without roll, and the reference's silhouette is `REFERENCE_EXTENT` long.
+at the origin, without roll, and the reference's silhouette is `REFERENCE_EXTENT` long, or a little less (`preprocess.framing`).
 
 One U-Net is used twice with the same weights (two streams, as 3DiM, arXiv:2210.04628): once on the reference picture (no
 noise, once an object: `encode`), then on the noisy targets, whose attention layers also see the reference's tokens. Targets of
