@@ -51,6 +51,11 @@ class ReferenceView:
     surface: Float[Tensor, "1 height width"] | None = None
     """Known ray distances in world units, nan where unknown."""
 
+    @property
+    def focal_at_origin(self) -> float:
+        """Pixels of a world unit at the origin's depth."""
+        return float(self.camera.intrinsics[0]) / float(self.camera.positions.norm())
+
     def to(self, device: torch.device | str) -> ReferenceView:
         surface = None if self.surface is None else self.surface.to(device)
         camera = self.camera.to(device, torch.float32)
@@ -73,8 +78,7 @@ class ReferenceView:
 
     def softened(self, width: float) -> Float[Tensor, "3 height width"]:
         """The colors blurred inside the mask, by a Gaussian of this standard deviation in world units at the origin's depth."""
-        focal, distance = float(self.camera.intrinsics[0]), float(self.camera.positions.norm())
-        sigma = width * focal / distance
+        sigma = width * self.focal_at_origin
         weight = self.mask + 1e-3
         sums = torch.cat([self.rgb * weight, weight]).cpu().numpy()
         sums = torch.from_numpy(gaussian_filter(sums, (0, sigma, sigma), mode="constant")).to(self.rgb)

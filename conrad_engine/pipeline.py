@@ -127,7 +127,7 @@ def generate(job: Job, folder: Path, monitor: Monitor | None = None, resume: boo
         inputs = _prepare(job, monitor, device)
         prepared, frame, view = inputs.prepared, inputs.frame, inputs.view
         write_json(folder / "config.json", {"version": __version__, "name": job.name, **to_json(config)})
-        state = _first_state(view, config, device)
+        state = _first_state(view, frame, config, device)
         initial = _initial_shape(job, frame, state, config)
         is_resumed = resume and load_checkpoint(folder, state, config, inputs.fingerprint)
         if is_resumed:
@@ -180,7 +180,7 @@ def help_optimize(ranks: Ranks, device: torch.device, job: Job, folder: Path) ->
     config, monitor = job.config, Monitor()
     imports = _start_imports(config)
     inputs = _prepare(job, monitor, device)
-    state = _first_state(inputs.view, config, device)
+    state = _first_state(inputs.view, inputs.frame, config, device)
     _initial_shape(job, inputs.frame, state, config)
     load_checkpoint(folder, state, config, inputs.fingerprint)
     priors = _priors(config, inputs, device, folder, True, monitor, imports)
@@ -189,10 +189,12 @@ def help_optimize(ranks: Ranks, device: torch.device, job: Job, folder: Path) ->
         optimize(state, priors, inputs.frame.condition, config, monitor, silent, silent, ranks)
 
 
-def _first_state(view: ReferenceView | None, config: PipelineConfig, device: torch.device) -> State:
+def _first_state(view: ReferenceView | None, frame: Frame, config: PipelineConfig, device: torch.device) -> State:
     torch.manual_seed(config.seed)
     views = [] if view is None else [view.resized(TRAINING_PICTURE)]
-    return make_state(make_field(config.field_, _field_box(device)), views, config, device)
+    state = make_state(make_field(config.field_, _field_box(device)), views, config, device)
+    state.is_centered = frame.is_centered
+    return state
 
 
 @dataclass(frozen=True)

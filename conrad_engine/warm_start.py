@@ -34,9 +34,14 @@ HULL_CELLS = 72
 """Cells a side of the hull that sampled views are carved into."""
 
 
+def ring_azimuths_rad(n_views: int) -> list[float]:
+    """From the reference's own place, which is left out."""
+    return [2 * math.pi * k / (n_views + 1) for k in range(1, n_views + 1)]
+
+
 def ring_cameras(condition: Camera, n_views: int, half_frame: float, size: int) -> Camera:
     """Views of the warm start: all around except the reference's own place, at two heights."""
-    azimuths = torch.arange(1, n_views + 1) * (2 * math.pi / (n_views + 1))
+    azimuths = torch.tensor(ring_azimuths_rad(n_views))
     elevations = torch.deg2rad(torch.tensor(RING_ELEVATIONS_DEG)).repeat(n_views)[:n_views]
     half_frames = torch.full((n_views,), half_frame)
     return view_cameras(half_angle_tangent(condition), azimuths, elevations, half_frames, size)

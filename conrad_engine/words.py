@@ -60,7 +60,7 @@ def frame_of_words(config: PictureConfig) -> Frame:
     distance = HALF_FRAME / math.tan(fov_rad / 2)
     camera = orbit_camera(0.0, math.radians(config.elevation_deg), distance, fov_rad, PICTURE_SIZE)
     camera = camera.to(dtype=torch.float64)
-    return Frame(camera, Similarity.identity(), camera, has_camera=False, object_size=None)
+    return Frame(camera, Similarity.identity(), camera, has_camera=False, is_centered=False, object_size=None)
 
 
 def finish_words(

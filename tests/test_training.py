@@ -195,9 +195,9 @@ def test_times_fit_the_layout():
     for unit in (1, 3):
         layout = train.training_layout(unit)
         t = train.draw_times(layout, torch.device("cpu"))
-        assert len(t) == train.count_targets(layout) == 29 * unit
+        assert len(t) == train.count_targets(layout) == 31 * unit
         assert t.min() >= 0 and t.max() <= 1
-        rings, few = t[: 22 * unit].view(2 * unit, 11), t[22 * unit :]
+        rings, few = t[: 24 * unit].view(2 * unit, 12), t[24 * unit :]
         assert (rings == rings[:, :1]).all() and few.max() <= train.MOST_DISTILLED
         fours = few[: 4 * unit].view(unit, 4)
         assert (fours == fours[:, :1]).all()
@@ -264,7 +264,7 @@ def test_two_processes_train_together(rendered, tmp_path, torchrun):
     torchrun("conrad_engine.training.train", train_arguments(rendered, tmp_path, 1.0))
     log = log_of(tmp_path)
     last = next(entry for entry in reversed(log) if "targets" in entry)
-    assert last["targets"] == last["step"] * 29 * 2
+    assert last["targets"] == last["step"] * 31 * 2
     assert log[0]["gpus"] == 2 and log[-1] == {"event": "finished"}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from conrad_engine.training import batches, evaluate_prior, raster, sources, vie
 from conrad_engine.training.pool import Pool
 from conrad_engine.training.pool_build.meshes import Material, Mesh
 from conrad_engine.training.pool_build.packing import encode_geometry, index_mesh, write_pool
+from conrad_engine.warm_start import FRAMES, filled_part, ring_azimuths_rad, ring_cameras
 
 from .training_meshes import FOV_RAD, UNLIT, box, boxes, in_order_of_use, packed, write_tiny_pool
 
@@ -330,11 +333,72 @@ def test_no_camera_of_a_group_is_inside_the_object_and_the_reference_shows_it(si
     assert (pictures[0, ..., 3] > 127).mean() >= views.MIN_COVERAGE
 
 
+def test_half_of_the_groups_are_the_ring_that_the_product_draws():
+    rng, mesh, n = np.random.default_rng(3), box(0.5, 0.4, 0.6), views.N_VIEWS - 1
+    n_rings = 0
+    for _ in range(60):
+        vertices, framing = views.place(rng, mesh.vertices)
+        rows = views.random_cameras(rng, vertices, framing)
+        distance = HALF_FRAME / math.tan(framing.fov_rad / 2)
+        condition = project_cameras.orbit_camera(0.0, framing.elevation_rad, distance, framing.fov_rad, 64)
+        positions = [np.array(raster.orbit_position(*row[:2])) * row[2] for row in rows[1:].tolist()]
+        rings = [ring_cameras(condition, n, half, 64).positions.numpy() for half, _ in FRAMES]
+        n_rings += any(np.allclose(positions, ring, atol=1e-4) for ring in rings)
+    assert 18 < n_rings < 42
+
+
+def test_a_first_frame_says_nothing_of_size_and_another_is_the_first_that_holds_the_object(monkeypatch):
+    framing = views.Framing(math.radians(30), 0.2, 0.0, 0.8, True)
+    angles = [(azimuth, 0.3) for azimuth in ring_azimuths_rad(12)]
+
+    def halves(size: float) -> set[float]:
+        vertices = box(size, size, size / 4).vertices
+        vertices = vertices * (size / np.linalg.norm(vertices[:, :2], axis=1).max())
+        return {views.half_frame(rng, vertices, framing, angles) for _ in range(40)}
+
+    rng = np.random.default_rng(0)
+    assert halves(0.5) == {0.85}
+    assert halves(0.75) == {0.85, 1.0}
+    assert halves(2.0) == {0.85, 1.3}
+    monkeypatch.setattr(views, "P_FIRST_FRAME", 0.0)
+    for size in (0.5, 0.7, 0.8, 0.9):
+        (half,) = halves(size)
+        vertices = box(size, size, size / 4).vertices
+        vertices = vertices * (size / np.linalg.norm(vertices[:, :2], axis=1).max())
+        pictures, rows = np.zeros((13, 64, 64, 4), np.uint8), []
+        for azimuth, elevation in [(0.0, 0.2), *angles]:
+            rows.append((azimuth, elevation, half / math.tan(framing.fov_rad / 2), 0.0))
+        views.render_views(
+            replace(box(1, 1, 1), vertices=vertices.astype(np.float32)), framing, np.array(rows), UNLIT, pictures
+        )
+        assert (
+            filled_part(torch.from_numpy(pictures[1:, ..., 3]) / 255) < dict(FRAMES)[half] + 0.04
+        )  # a pixel and the blur
+
+
 def test_an_object_that_never_shows_is_told(monkeypatch):
     monkeypatch.setattr(views, "MIN_COVERAGE", 0.99)
     pictures, cameras = np.zeros((views.N_VIEWS, 64, 64, 4), np.uint8), np.zeros((views.N_VIEWS, 4), np.float32)
     with pytest.raises(ValueError, match="no reference in four shows more than 99%"):
         views.render_group(np.random.default_rng(0), box(0.5, 0.5, 0.5), True, pictures, cameras)
+
+
+def test_a_round_that_the_disk_does_not_hold_leaves_the_others(pool_folder, tmp_path, monkeypatch):
+    arguments = ["--pool", str(pool_folder), "--out", str(tmp_path), "--rounds", "3", "--processes", "1"]
+    take, taken = os.posix_fallocate, []
+
+    def take_some(descriptor: int, offset: int, size: int) -> None:
+        if len(taken) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken.append(size)
+        take(descriptor, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", take_some)
+    with pytest.raises(InputError, match="the disk is full.*done stay, 1 of them; ask for no more --rounds"):
+        views.main(arguments)
+    assert (tmp_path / "done_0").exists() and not list(tmp_path.glob("*_1*"))
+    rendered = tmp_path / "views_0.npy"
+    assert rendered.stat().st_blocks * 512 >= rendered.stat().st_size == taken[0]
 
 
 def test_evaluation_turns_an_object_that_is_too_deep():

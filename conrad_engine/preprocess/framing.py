@@ -55,6 +55,8 @@ class Frame:
     """Square camera at the reference camera's place that looks straight at the origin; `HALF_FRAME` fits its half side."""
     has_camera: bool
     """Whether the world is the user's; without a camera file it is made up."""
+    is_centered: bool
+    """Whether the origin is the user's object center, and not a guess from the silhouette."""
     object_size: float | None
     """Longest side of the object's box in the object frame, if the user said something believable about it."""
 
@@ -122,7 +124,8 @@ def frame_object(mask: np.ndarray, setup: CameraSetup | None, config: PictureCon
         camera, center = setup.camera.resized(width, height), setup.object_center.to(torch.float64)
     view, low, high = silhouette_bounds(camera, mask, center)
     beside = float((low + high).abs().max() / 2 / (high - low).max())
-    if setup is None or beside > MOST_BESIDE:
+    is_centered = setup is not None and beside <= MOST_BESIDE
+    if not is_centered:
         if setup is not None:
             log.info("object_center is %.2f silhouettes beside the silhouette's middle: only its depth is used", beside)
         z_depth = camera.project(center[None])[1][0]
@@ -149,7 +152,7 @@ def frame_object(mask: np.ndarray, setup: CameraSetup | None, config: PictureCon
             size = setup.object_size * scale
         else:
             log.info("object_size is %.2f times the silhouette: it is not used", setup.object_size / extent)
-    return Frame(reference, to_object.inverse(), condition, setup is not None, size)
+    return Frame(reference, to_object.inverse(), condition, setup is not None, is_centered, size)
 
 
 def condition_picture(rgb: np.ndarray, mask: np.ndarray, frame: Frame) -> Tensor:

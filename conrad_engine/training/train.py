@@ -46,7 +46,7 @@ PIECE_BYTES = 15 * 2**20
 
 
 def training_layout(unit: int) -> Layout:
-    """29 targets a unit and 5 references: what the product asks for, a ring of views drawn together and a few distilled."""
+    """31 targets a unit and 5 references: what the product asks for, a ring of views drawn together and a few distilled."""
     return Group(2 * unit, RING, True), Group(unit, 4, True), Group(unit, 2, True), Group(unit, 1, True)
 
 
@@ -257,7 +257,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peak-rate", type=float, default=5e-4, help="largest learning rate")
     parser.add_argument("--decay-from", type=float, default=0.45, help="part of the plan after which the rate falls")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="of the hidden layers' matrices")
-    parser.add_argument("--unit", type=int, default=16, help="29 targets and 5 references a step and process")
+    parser.add_argument("--unit", type=int, default=16, help="31 targets and 5 references a step and process")
     parser.add_argument("--most-rounds", type=int, default=24, help="rounds kept on the device, 2 GB each")
     parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS)
     parser.add_argument("--compile", default="inductor", help="inductor, aot_eager, or none")

@@ -10,8 +10,9 @@ A round r is `views_r.npy` (objects, groups, views, 64, 64, 4) 8-bit straight RG
 
 A group is one object of one stretch, one light and one field of view in the product's object frame: view 0 is the reference,
 framed as the product frames a picture (its silhouette fills 80 % of a frame whose half side at the origin is 0.75); the other
-views look at the same origin from all around, `--tight` ones as near as the object allows. Views are the reference's world:
-azimuth 0 is its camera.
+views look at the same origin from all around, as the product's do: half of the groups are its ring, the others are spread as
+those of distillation are. `--tight` ones are as near as the object allows. Views are the reference's world: azimuth 0 is its
+camera.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,14 +32,15 @@ import numpy as np
 
 from ..config import HALF_BOX, HALF_FRAME, REFERENCE_EXTENT
 from ..errors import ConradError, InputError
+from ..files import writing_failed
 from ..mesh.clean import face_components
 from ..preprocess.framing import MOST_BESIDE, MOST_REACH
+from ..warm_start import FRAMES, RING_ELEVATIONS_DEG, ring_azimuths_rad
 from .pool import Pool, PoolMesh
 from .raster import (
     Light,
     Rasterizer,
     compiled_library,
-    fit_distance,
     orbit_camera,
     orbit_position,
     places,
@@ -46,7 +49,7 @@ from .raster import (
 from .shapes import random_color, random_shape
 from .sources import SOURCES, selected_sources
 
-SIZE, N_GROUPS, N_VIEWS = 64, 3, 12
+SIZE, N_GROUPS, N_VIEWS = 64, 3, 13
 PROCEDURAL_SHARE = 0.1
 """Procedural objects of a round, as a part of the pool's."""
 CLEARANCE = 0.25
@@ -62,6 +65,8 @@ P_CENTERED = 0.35
 """Of references without a camera, whose silhouette is the product's only hint of where the object's center is."""
 P_ROUGH, ROUGH_JITTER, FINE_JITTER = 0.3, 0.02, 0.004
 """How far off the object's center lies, longest sides of the silhouette; some are lined up by eye."""
+P_RING, P_FIRST_FRAME = 0.5, 0.5
+"""Of groups whose views are the product's ring, and of those in its first frame whatever their object's size is."""
 P_TALLER, P_TURNED_PROFILE, P_FLATTER = 0.7, 0.5, 0.15
 POOLS: dict[str, Pool] = {}
 
@@ -220,24 +225,53 @@ def tight_distance(
     return float((np.abs(points[:, :2]).max(1) / (math.tan(fov_rad / 2) * fill) + points[:, 2]).max())
 
 
+def half_frame(
+    rng: np.random.Generator, vertices: np.ndarray, framing: Framing, angles_rad: list[tuple[float, float]]
+) -> float:
+    """Half side at the origin of the frames of a group: the first one, which the product tries on every object and which so
+    must not tell its size, or the one that the product comes to (`warm_start.FRAMES`).
+
+    Args:
+        angles_rad: Azimuths from the reference and elevations of the views.
+    """
+    if rng.random() < P_FIRST_FRAME:
+        return FRAMES[0][0]
+    tan_half = math.tan(framing.fov_rad / 2)
+    local = [
+        vertices @ orbit_camera(framing.azimuth_rad + azimuth, elevation, 0.0)[:, :3]
+        for azimuth, elevation in angles_rad
+    ]
+    for half, full in FRAMES:
+        reach = sorted(
+            float((np.abs(p[:, :2]).max(1) / np.maximum(half - p[:, 2] * tan_half, 1e-3)).max()) for p in local
+        )
+        if reach[max(0, len(reach) - 3)] < full:  # all but two views, as `filled_part` has it
+            break
+    return half
+
+
 def random_cameras(
     rng: np.random.Generator, vertices: np.ndarray, framing: Framing, shape: Shape = Shape()
 ) -> np.ndarray:
-    """(n_views, 4) cameras: the reference, then the others at azimuths spread all around."""
-    tan_half = math.tan(framing.fov_rad / 2)
-    fit = fit_distance(vertices, framing.fov_rad, math.radians(20), rng.uniform(0.7, 0.95))
+    """(n_views, 4) cameras: the reference, then the product's ring, or others at azimuths spread all around."""
+    tan_half, n = math.tan(framing.fov_rad / 2), shape.n_views - 1
+    is_ring = not shape.is_tight and rng.random() < P_RING
+    if is_ring:
+        heights = [math.radians(RING_ELEVATIONS_DEG[k % len(RING_ELEVATIONS_DEG)]) for k in range(n)]
+        angles = list(zip(ring_azimuths_rad(n), heights))
+    else:
+        azimuths = rng.uniform(-math.pi, math.pi) + (np.arange(n) + rng.uniform(-0.4, 0.4, n)) * (2 * math.pi / n)
+        ranges = [(-15, 55) if rng.random() < 0.5 else (0, 35) for _ in range(n)]
+        angles = [(float(azimuth), math.radians(rng.uniform(*range_))) for azimuth, range_ in zip(azimuths, ranges)]
+    half = half_frame(rng, vertices, framing, angles)
     cameras = [(0.0, framing.elevation_rad, HALF_FRAME / tan_half, tan_half)]
-    n = shape.n_views - 1
-    azimuths = rng.uniform(-math.pi, math.pi) + (np.arange(n) + rng.uniform(-0.4, 0.4, n)) * (2 * math.pi / n)
-    for azimuth in azimuths:
-        elevation = rng.uniform(-15, 55) if rng.random() < 0.5 else rng.uniform(0, 35)
-        # The product does not know how deep the object is: some of its frames are as narrow as the reference's.
-        distance = fit * rng.uniform(0.95, 1.1) if rng.random() < 0.7 else rng.uniform(0.7, 1.15) / tan_half
-        seen_from = framing.azimuth_rad + azimuth, math.radians(elevation)
+    for azimuth, elevation in angles:
+        distance = half / tan_half * (1 if is_ring else rng.uniform(0.9, 1.12))
+        seen_from = framing.azimuth_rad + azimuth, elevation
         if shape.is_tight:
-            distance = tight_distance(vertices, *seen_from, framing.fov_rad, rng.uniform(0.8, 0.95))
-        clear = clear_distance(vertices, *seen_from)
-        cameras.append((azimuth, math.radians(elevation), max(distance, 0.6 / tan_half, clear), tan_half))
+            fitting = tight_distance(vertices, *seen_from, framing.fov_rad, rng.uniform(0.8, 0.95))
+            distance = max(fitting, 0.6 / tan_half)
+        cameras.append((azimuth, elevation, max(distance, clear_distance(vertices, *seen_from)), tan_half))
     return np.array(cameras, np.float32)
 
 
@@ -406,6 +440,12 @@ def open_pools(folder: Path, sources: tuple[str, ...], split: str) -> list[tuple
     return objects
 
 
+def take_space(path: Path) -> None:
+    """Give a file that is still empty its place on the disk: a write to a memory map that finds none kills the process."""
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def render_round(
     out: Path,
     objects: list[tuple[str, int]],
@@ -414,14 +454,24 @@ def render_round(
     mapped: Callable,
     shape: Shape = Shape(),
 ) -> None:
-    """Render one round and mark it as done; `mapped` is `map` or another processes' likeness of it."""
+    """Render one round and mark it as done; `mapped` is `map` or another processes' likeness of it.
+
+    Raises:
+        InputError: The disk does not hold it.
+    """
     start, counts = time.time(), (len(objects), shape.n_groups, shape.n_views)
-    for name, full_shape, kind in (
-        ("views", (*counts, shape.size, shape.size, 4), np.uint8),
-        ("cameras", (*counts, 4), np.float32),
-        ("sizes", counts[:2], np.float32),
-    ):
-        np.lib.format.open_memmap(out / f"{name}_{round_index}.npy", mode="w+", dtype=kind, shape=full_shape).flush()
+    arrays = {"views": (*counts, shape.size, shape.size, 4), "cameras": (*counts, 4), "sizes": counts[:2]}
+    paths = {name: out / f"{name}_{round_index}.npy" for name in arrays}
+    try:
+        for name, full_shape in arrays.items():
+            kind = np.uint8 if name == "views" else np.float32
+            np.lib.format.open_memmap(paths[name], mode="w+", dtype=kind, shape=full_shape).flush()
+            take_space(paths[name])
+    except OSError as error:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+        done = f"rounds that are done stay, {round_index} of them; ask for no more --rounds, or take a folder with more space"
+        raise InputError(f"{writing_failed(out, error)} ({done})") from None
     tasks = [Task(row, *item, round_index, str(out), is_train, shape) for row, item in enumerate(objects)]
     # Heavy objects are spread over the round by a fixed shuffle.
     tasks = [tasks[i] for i in np.random.default_rng(0).permutation(len(tasks))]
