@@ -198,8 +198,8 @@ class OptimizeConfig:
     mask_weight: float = 2.0
     """Opacity against the mask, seen from the reference camera."""
     symmetry: bool = True
-    """Where the shape is found to be symmetric (`symmetry.py`), the mirrored picture shows its other side; not with several
-    pictures."""
+    """Where the object is found to be symmetric (`symmetry.py`), the mirrored picture shows its other side. Needs the object's
+    center, from the camera file, and carve; not with several pictures."""
     entropy_weight: float = 0.02
     """Pushes the opacity of pixels to 0 or 1."""
     smooth_weight: float = 1e-3

@@ -41,6 +41,7 @@ from .redraw import redraw_texture
 from .rendering.interfaces import Field
 from .rendering.renderer import Picture, render_picture
 from .state import State, n_coarse_steps
+from .symmetry import mirrored_view
 
 MEASURED_PICTURE, FIELD_PICTURE = 1024, 512
 """Most pixels along the longer side at which mesh and field are compared with the picture; a smaller one is at its own size."""
@@ -102,7 +103,7 @@ def finish(
         if monitor.command() is Command.CANCEL:
             raise Cancelled("cancelled while the mesh was made")
 
-    measured, seen = view.resized(MEASURED_PICTURE), view.resized(FIELD_PICTURE)
+    measured, seen, photos = view.resized(MEASURED_PICTURE), view.resized(FIELD_PICTURE), photos_of(view, state.plane)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads, _set_on_error(Event()) as is_stopped:
         # Much of what follows keeps a single core busy; meanwhile the others do what does not wait for it.
         model = threads.submit(DetailModel, device, config.mesh.detail_weights) if n_views else None
@@ -114,12 +115,12 @@ def finish(
         may_move = config.mesh.centered and not has_depth
         mesh, level = surface_mesh(full, view, initial, config.mesh, may_move, view_pixel(state, config))
         at_stoppable("texture")
-        textured = texture_mesh(full, view, mesh, config.mesh)
+        textured = texture_mesh(full, photos, mesh, config.mesh)
         if may_move:
             textured = centered(textured, frame.camera)
         if model is not None:
             on_view = lambda index: at_stoppable(f"view {index}")  # noqa: E731
-            textured = with_detail(textured, view, prepared, frame, config, model.result(), on_view)
+            textured = with_detail(textured, photos, prepared, frame, config, model.result(), on_view)
         at("files")
         to_world = final_similarity(frame, textured.vertices)
         setup = _world_setup(frame, to_world, textured.vertices)
@@ -182,10 +183,10 @@ def surface_mesh(
     return clean_mesh(extracted.mesh, config, [seen], pixel), extracted.level
 
 
-def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config: MeshConfig) -> TexturedMesh:
-    """The mesh with charts, colored by the photo where it sees and by the field where it does not."""
-
-    mean = (view.rgb * view.mask).sum((1, 2)) / view.mask.sum()
+def texture_mesh(full: ConstrainedField, photos: list[Photo], mesh: Mesh, config: MeshConfig) -> TexturedMesh:
+    """The mesh with charts, colored by the photos where they see and by the field where they do not."""
+    picture = photos[0]
+    mean = torch.from_numpy((picture.rgb * picture.mask[..., None]).sum((0, 1)) / picture.mask.sum())
 
     def color(positions: torch.Tensor) -> torch.Tensor:
         if config.project_only:  # there is no optimised field; what the picture does not show takes its mean
@@ -193,12 +194,17 @@ def texture_mesh(full: ConstrainedField, view: ReferenceView, mesh: Mesh, config
         return surface_color(full, positions.to(full.aabb)).cpu()
 
     # Systems that know the picture only by a loss bake what their field has become; so does the comparison with them.
-    photos = [] if full.config.kind == "loss" and not config.project_only else [photo_of(view)]
-    return bake_texture(unwrap(mesh, config), color, photos, config)
+    is_baked = full.config.kind == "loss" and not config.project_only
+    return bake_texture(unwrap(mesh, config), color, [] if is_baked else photos, config)
 
 
-def photo_of(view: ReferenceView) -> Photo:
-    return Photo(view.camera, view.rgb.permute(1, 2, 0).numpy(), view.mask[0].numpy())
+def photos_of(view: ReferenceView, plane: float | None) -> list[Photo]:
+    """The picture, and in the mirror of a symmetric object what it does not show."""
+    views = [view] if plane is None else [view, mirrored_view(view, plane)]
+    return [
+        Photo(seen.camera, seen.rgb.permute(1, 2, 0).numpy(), seen.mask[0].numpy(), is_filler=seen is not view)
+        for seen in views
+    ]
 
 
 def centered(mesh: TexturedMesh, camera: Camera) -> TexturedMesh:
@@ -233,7 +239,7 @@ def has_detail_stage(full: ConstrainedField, config: MeshConfig) -> bool:
 
 def with_detail(
     mesh: TexturedMesh,
-    view: ReferenceView,
+    photos: list[Photo],
     prepared: PreparedPicture,
     frame: Frame,
     config: PipelineConfig,
@@ -243,7 +249,7 @@ def with_detail(
     """The mesh in the object frame with detail drawn where the picture does not show it; see `redraw`."""
     picture = condition_picture(prepared.rgb, prepared.mask, frame)
     reference = ReferencePicture(picture, frame.condition.to(dtype=torch.float32))
-    return redraw_texture(mesh, [photo_of(view)], reference, config.mesh, model, config.seed, on_view)
+    return redraw_texture(mesh, photos, reference, config.mesh, model, config.seed, on_view)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from .constraint import ConstrainedField, ReferenceView
 from .fields.dense_volume import DenseVolume
 from .fields.radiance_field import HashField
 from .rendering.occupancy import OccupancyGrid
-from .symmetry import Plane
 
 VIEW_HALF_FRAME = 0.85
 """Half side, at the origin, of the views shown to the prior: wider than the reference's, since the depth is unknown."""
@@ -37,8 +36,8 @@ class State:
     half_frame: float = VIEW_HALF_FRAME
     is_centered: bool = False
     """Whether the origin is the object's center, as the user has it; part of the job, not of its checkpoint."""
-    plane: Plane | None = None
-    """Of symmetry, once it has been found."""
+    plane: float | None = None
+    """Of symmetry: azimuth of its normal (radians), once it has been found."""
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -65,7 +64,7 @@ class State:
             "n_skipped": self.n_skipped,
             "sampled": self.sampled,
             "half_frame": self.half_frame,
-            "plane": self.plane if self.plane is None else tuple(self.plane),
+            "plane": self.plane,
             "history": self.history,
         }
 
@@ -78,7 +77,7 @@ class State:
             view.surface.copy_(surface)
         for name in ("step", "n_views", "half_frame", "history"):
             setattr(self, name, data[name])
-        self.plane = None if data.get("plane") is None else Plane(*data["plane"])
+        self.plane = data.get("plane")
         self.skipped[0] = data["n_skipped"]
         self.sampled = None if data["sampled"] is None else data["sampled"].to(self.device)
         self.field.prepare()

@@ -22,7 +22,7 @@ from .ranks import Ranks, taken
 from .rendering.compositing import distortion
 from .rendering.renderer import Rendering, render_rays
 from .state import State, n_coarse_steps
-from .symmetry import Plane, find_plane, mirrored_view
+from .symmetry import mirrored_view
 from .warm_start import N_SAMPLED_RAYS, SampledViews, half_angle_tangent, view_cameras
 
 FIT_WEIGHT = 4.0
@@ -45,8 +45,9 @@ TWIN_BLUR_PX = 0.7
 """Blur of the picture in the mirror, in pixels of the views."""
 N_TWIN_RAYS = 1024
 """Rays a step that are compared with the picture in the mirror."""
-TWIN_WEIGHT = 2.0
-"""Of its colors and opacities, beside the weight that every mask has."""
+TWIN_WEIGHT = 0.6
+"""A third of what a picture's own mask has: the plane may be off by a degree or two, and then the prior must have the last word
+on how long an object is towards the camera."""
 SDS_WEIGHT = 16.0
 """Of the distillation gradient's mean over pixels and channels, against the other terms."""
 
@@ -160,8 +161,8 @@ class TrainStep:
         """All that decides which operations a step consists of."""
         has_entropy = self.progress > ENTROPY_FROM
         has_depth = self.config.optimize.depth_weight > 0 and self.fade > 0
-        shell, twin = self.state.constrained.has_shell, self.state.plane
-        return self.is_fit, self.is_fine, has_entropy, has_depth, shell, twin, self.state.n_views
+        shell, has_twin = self.state.constrained.has_shell, self.state.plane is not None
+        return self.is_fit, self.is_fine, has_entropy, has_depth, shell, has_twin, self.state.n_views
 
     # The host's part
 
@@ -183,10 +184,8 @@ class TrainStep:
             state.occupancy.update(state.constrained, self.generator)
         if has_surfaces:
             state.constrained.infer_surfaces(config.render.n_samples, state.occupancy, self.graphed.is_enabled)
-        if config.optimize.symmetry and state.step == self.n_warm and len(state.constrained.views) == 1:
-            state.plane = find_plane(state.constrained, state.is_centered)
 
-    def _in_the_mirror(self, plane: Plane) -> Twin:
+    def _in_the_mirror(self, plane: float) -> Twin:
         """The picture in the mirror, blurred all over: nothing is quite as symmetric as that, and a thin part that stands a
         little elsewhere on the other side must not be torn."""
         view = mirrored_view(self.state.constrained.views[0].picture, plane)
@@ -299,8 +298,8 @@ class TrainStep:
         """What the other side lacks of the picture in the mirror."""
         rendering = self._render(*twin.camera.rays(unit[0] * twin.size), jitter)
         wanted = F.grid_sample(twin.rgba, unit[None] * 2 - 1, align_corners=False)[0, :, 0].T
-        mask_term = self.config.optimize.mask_weight * losses.mask_loss(rendering.opacities, wanted[:, 3])
-        return mask_term + TWIN_WEIGHT * losses.picture_loss(rendering.rgba, wanted)
+        mask_loss = losses.mask_loss(rendering.opacities, wanted[:, 3])
+        return TWIN_WEIGHT * (mask_loss + losses.picture_loss(rendering.rgba, wanted))
 
     def _fit(self, pixels: Tensor, places: Tensor, jitter: Tensor) -> tuple[Rendering, dict[str, Tensor]]:
         """Random rays of the sampled views against what they should see."""

@@ -1,8 +1,8 @@
 """A vertical plane of symmetry: where a shape has one, the picture in a mirror is a view of its other side.
 
-Most things are alike on two sides. What the prior draws from all around is so, too, roughly: the plane shows in the field that
-is fitted to these views, to a few degrees, and the mirrored picture then tells what they cannot, at the picture's resolution:
-outline and colors of the far side and, as from a second camera, how deep the near one is.
+Most things are alike on two sides. What the prior draws from all around is so, too, roughly: the plane shows in the hull of
+these views. The mirrored picture then tells what they cannot, at the picture's resolution: outline and colors of the far side
+and, as from a second camera, how deep the near one is.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import mcubes
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.ndimage import binary_fill_holes
-from scipy.optimize import minimize
 from scipy.spatial import cKDTree
 
+from .cameras import Camera
 from .constraint import ConstrainedField, ReferenceView
+from .guidance.interfaces import ViewSampler
 
 log = logging.getLogger(__name__)
 
@@ -32,83 +32,85 @@ N_POINTS, LEAST_POINTS = 2500, 300
 FARTHEST = 0.1
 """Distances count up to here, longest sides: what one side alone has must not decide where the plane is."""
 STEP_DEG = 3
-MOST_UNLIKE = 0.02
-"""Mean distance, longest sides, between the surface and its mirror image up to which it is symmetric. Sampled as here, a
+MOST_UNLIKE = 0.03
+"""Mean distance, longest sides, between the surface and its mirror image up to which it may be symmetric. Sampled as here, a
 surface is about 0.006 away from itself."""
 MOST_CONTRAST = 0.6
 """... and of what it is across the middle one of all planes: a thing that is round has none of its own."""
+N_CANDIDATES, WINDOW_DEG = 3, 9
+"""Planes that the prior is asked about, and how far to both sides of each."""
+LEAST_DIP = 0.03
+"""By how much the prior must like a plane better than those at both ends of its window (logarithm of its error)."""
 LEAST_TURN_DEG = 5.0
 """Angle between the plane and the reference's line of sight from which the mirrored picture says something new."""
 
 
-class Plane(NamedTuple):
-    """A vertical plane of the object frame."""
+def find_plane(field: ConstrainedField, sampler: ViewSampler) -> float | None:
+    """The vertical plane through the origin about which the object is symmetric; None if there is none, or if the picture would
+    say nothing new in its mirror.
 
-    azimuth_rad: float
-    """Of its normal; 0 is across the reference's line of sight."""
-    offset: float
-    """Distance from the origin along the normal."""
+    The field's surface says about where it is. How well the prior takes the mirrored picture for the view from the other side
+    says it to a degree or two (cf. ID-Pose, arXiv:2306.17140, for the cameras of several pictures): across a plane that is off
+    by one, an object long towards the camera would have to be several percent longer to fit both pictures.
 
-    @property
-    def normal(self) -> Float[np.ndarray, "3"]:
-        return np.array([math.cos(self.azimuth_rad), math.sin(self.azimuth_rad), 0.0])
-
-    @property
-    def turn_deg(self) -> float:
-        """Angle between the plane and the reference's line of sight: the mirrored picture is taken from twice as far aside."""
-        return math.degrees(math.asin(min(1.0, abs(math.sin(self.azimuth_rad)))))
-
-
-def find_plane(field: ConstrainedField, is_centered: bool) -> Plane | None:
-    """The plane about which the field's surface is most like its mirror image; None if it is not like it about any, or if the
-    picture would say nothing new in the mirror.
-
-    Args:
-        is_centered: Whether the origin is known to be the object's center, so that the plane goes through it.
+    Returns:
+        Azimuth of its normal (radians); 0 is across the reference's line of sight.
     """
+    for likely_deg in likely_planes(field):
+        window = np.arange(likely_deg - WINDOW_DEG, likely_deg + WINDOW_DEG + 1, STEP_DEG)
+        errors = mirror_errors(sampler, window)
+        lowest = int(errors.argmin())
+        dip = float(min(errors[0], errors[-1]) - errors[lowest])
+        log.info("a plane at %.0f degrees: the prior's best is %.0f, by %.3f", likely_deg, window[lowest], dip)
+        if dip > LEAST_DIP:
+            break
+    else:
+        return None
+    near = window[lowest] + np.arange(-2, 3) * (STEP_DEG / 2)
+    curve = np.polyfit(near - window[lowest], mirror_errors(sampler, near), 2)
+    shift = float(np.clip(-curve[1] / (2 * curve[0]), -STEP_DEG, STEP_DEG)) if curve[0] > 0 else 0.0
+    azimuth_rad = math.radians(window[lowest] + shift)
+    turn_deg = math.degrees(math.asin(abs(math.sin(azimuth_rad))))
+    log.info("symmetric about a plane %.1f degrees off the line of sight", turn_deg)
+    return azimuth_rad if turn_deg > LEAST_TURN_DEG else None
+
+
+def likely_planes(field: ConstrainedField) -> list[float]:
+    """Azimuths (degrees) of planes about which the field's surface is like its mirror image, the likeliest first."""
     points, faces = outer_surface(field)
     if len(points) < LEAST_POINTS:
-        return None
+        return []
     longest, rng = float(np.ptp(points, axis=0).max()), np.random.default_rng(0)
     # Anywhere on the faces: the vertices lie on a grid, which has planes of its own.
     corners = points[faces[rng.integers(len(faces), size=N_POINTS)]]
     tree, some = cKDTree(points), (rng.dirichlet(np.ones(3), N_POINTS)[..., None] * corners).sum(1)
 
-    def unlikeness(plane: Plane) -> float:
-        distances, _ = tree.query(mirrored_points(some, plane), distance_upper_bound=FARTHEST * longest)
+    def unlikeness(azimuth_deg: float) -> float:
+        mirrored = mirrored_points(some, math.radians(azimuth_deg))
+        distances, _ = tree.query(mirrored, distance_upper_bound=FARTHEST * longest)
         return float(np.minimum(distances / longest, FARTHEST).mean())
 
-    def through_the_middle(azimuth_rad: float) -> Plane:
-        along = points @ Plane(azimuth_rad, 0.0).normal
-        return Plane(azimuth_rad, 0.0 if is_centered else float(along.min() + along.max()) / 2)
-
-    planes = [through_the_middle(math.radians(angle)) for angle in range(0, 180, STEP_DEG)]
-    scores = np.array([unlikeness(plane) for plane in planes])
-    start = planes[int(scores.argmin())]
-    step = np.array([math.radians(STEP_DEG), FARTHEST / 4 * longest])[: 1 if is_centered else 2]
-    ends = np.array(start)[: len(step)] + np.concatenate([-step[None] / 2, np.diag(step)])
-    options = {"initial_simplex": ends, "maxfev": 25 * len(step)}
-    found = minimize(
-        lambda x: unlikeness(Plane(*x, 0.0) if is_centered else Plane(*x)),
-        ends[0],
-        method="Nelder-Mead",
-        options=options,
-    )
-    best = Plane(*map(float, found.x), 0.0) if is_centered else Plane(*map(float, found.x))
-    median = float(np.median(scores))
-    log.info(
-        "most symmetric about a plane %.1f degrees from the line of sight: %.4f, others %.4f",
-        best.turn_deg,
-        found.fun,
-        median,
-    )
-    is_symmetric = found.fun < min(MOST_UNLIKE, MOST_CONTRAST * median)
-    return best if is_symmetric and best.turn_deg > LEAST_TURN_DEG else None
+    azimuths = np.arange(0, 180, STEP_DEG)
+    scores = np.array([unlikeness(azimuth) for azimuth in azimuths])
+    is_lowest = (scores <= np.roll(scores, 1)) & (scores <= np.roll(scores, -1))
+    is_likely = is_lowest & (scores < min(MOST_UNLIKE, MOST_CONTRAST * np.median(scores)))
+    order = np.argsort(scores)
+    log.info("most symmetric at %d degrees: %.4f, others %.4f", azimuths[order[0]], scores.min(), np.median(scores))
+    return [float(azimuths[k]) for k in order if is_likely[k]][:N_CANDIDATES]
 
 
-def mirrored_points(points: Float[np.ndarray, "n 3"], plane: Plane) -> Float[np.ndarray, "n 3"]:
-    normal = plane.normal
-    return points - 2 * (points @ normal - plane.offset)[:, None] * normal
+def mirror_errors(sampler: ViewSampler, azimuths_deg: np.ndarray) -> Float[np.ndarray, " n"]:
+    """What the prior thinks of planes. In a mirror the reference moves by twice its angle."""
+    return sampler.mirror_errors(torch.from_numpy(np.radians(2 * azimuths_deg)).float()).double().cpu().numpy()
+
+
+def mirrored_points(points: Float[np.ndarray, "n 3"], azimuth_rad: float) -> Float[np.ndarray, "n 3"]:
+    normal = plane_normal(azimuth_rad)
+    return points - 2 * (points @ normal)[:, None] * normal
+
+
+def plane_normal(azimuth_rad: float) -> Float[np.ndarray, "3"]:
+    return np.array([math.cos(azimuth_rad), math.sin(azimuth_rad), 0.0])
 
 
 @torch.no_grad()
@@ -126,15 +128,17 @@ def outer_surface(field: ConstrainedField) -> tuple[Float[np.ndarray, "n 3"], In
     return low + (vertices - 0.5) * cell, faces.astype(np.int64)
 
 
-def mirrored_view(view: ReferenceView, plane: Plane) -> ReferenceView:
+def mirrored_view(view: ReferenceView, azimuth_rad: float) -> ReferenceView:
     """The picture in the mirror as a view of the object, and the camera that took it."""
-    camera = view.camera
-    normal = torch.from_numpy(plane.normal)
+    return ReferenceView(view.rgb.flip(-1), view.mask.flip(-1), mirrored_camera(view.camera, azimuth_rad))
+
+
+def mirrored_camera(camera: Camera, azimuth_rad: float) -> Camera:
+    """The one that sees of the mirror image what `camera` sees of the thing, left and right exchanged."""
+    normal = torch.from_numpy(plane_normal(azimuth_rad))
     mirror = torch.eye(3, dtype=torch.float64) - 2 * torch.outer(normal, normal)
-    axes, position = (mirror @ camera.c2w.double().cpu()).split([3, 1], 1)
     # A mirror makes a right hand a left one, and so does a picture turned over: together they are a camera again.
-    axes = axes * torch.tensor([-1.0, 1, 1], dtype=torch.float64)
-    c2w = torch.cat([axes, position + 2 * plane.offset * normal[:, None]], 1).to(camera.c2w)
+    c2w = (mirror @ camera.c2w.double().cpu()) * torch.tensor([-1.0, 1, 1, 1], dtype=torch.float64)
     fx, fy, cx, cy = camera.intrinsics.unbind(-1)
-    camera = replace(camera, c2w=c2w, intrinsics=torch.stack([fx, fy, camera.width - cx, cy], -1))
-    return ReferenceView(view.rgb.flip(-1), view.mask.flip(-1), camera)
+    intrinsics = torch.stack([fx, fy, camera.width - cx, cy], -1)
+    return replace(camera, c2w=c2w.to(camera.c2w), intrinsics=intrinsics)

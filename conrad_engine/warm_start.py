@@ -17,6 +17,7 @@ from .errors import Cancelled
 from .guidance.interfaces import ViewSampler
 from .monitor import Command, Monitor, Progress
 from .state import VIEW_HALF_FRAME, State
+from .symmetry import find_plane
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ def sample_warm_start(
         log.info("the object fills %.2f of views with a half frame of %.2f: they are drawn again", filled, half_frame)
     if settings.carve:
         carve(state, cameras)
+        if settings.symmetry and state.is_centered and len(state.constrained.views) == 1:
+            state.plane = find_plane(state.constrained, sampler)
 
 
 def filled_part(opacities: Float[Tensor, "n size size"]) -> float:

@@ -38,9 +38,9 @@ MAY_IMPORT = {
     "elevation": {"guidance", "preprocess"},
     "mesh": {"cameras"},
     "redraw": {"cameras", "guidance", "mesh"},
-    "symmetry": {"constraint"},
-    "state": {"adam", "constraint", "fields", "rendering", "symmetry"},
-    "warm_start": {"cameras", "constraint", "guidance", "state"},
+    "symmetry": {"cameras", "constraint", "guidance"},
+    "state": {"adam", "constraint", "fields", "rendering"},
+    "warm_start": {"cameras", "constraint", "guidance", "state", "symmetry"},
     "ranks": set(),
     "step": {
         "cameras",

@@ -123,6 +123,10 @@ class ViewSampler(Protocol):
             temperature: Width of the noise.
         """
 
+    def mirror_errors(self, azimuths_rad: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """How badly the picture, left and right exchanged, fits as the view from azimuths around the reference, at its own
+        height and distance: logarithms, up to a constant."""
+
 
 @dataclass(frozen=True)
 class Priors:

@@ -53,6 +53,8 @@ class Photo:
     rgb: Float[np.ndarray, "height width 3"]
     """sRGB in [0, 1], continued past the mask."""
     mask: Float[np.ndarray, "height width"]
+    is_filler: bool = False
+    """Whether it only counts as far as no photo before it sees a point."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def bake_texture(
     mesh = _subdivided(mesh)
     texels = surface_texels(mesh, size)
     spacing = texel_length(mesh, size)
-    visible = [visibility(mesh, texels.positions, texels.normals, photo, config) for photo in photos]
+    visible = visibilities(mesh, texels.positions, texels.normals, photos, config)
     photo, weight = _mixed([photo.rgb for photo in photos], photos, visible, len(texels.positions), spacing)
     # The rest are the photo's alone: what the field would say there is slow to ask.
     rest = np.flatnonzero(weight < 1)
@@ -165,7 +167,7 @@ def _change_at_texels(
     """What is added to the field's color at points of faces (n, 3), so that it continues the photos; see `blend`."""
     corners = mesh.vertices[mesh.faces]
     spacing = float(np.median(lengths(corners[:, 1] - corners[:, 0])))
-    visible = [visibility(mesh, mesh.vertices, mesh.normals, view, config) for view in photos]
+    visible = visibilities(mesh, mesh.vertices, mesh.normals, photos, config)
     photo, seen = _mixed([view.rgb for view in photos], photos, visible, len(mesh.vertices), spacing)
     if not seen.any():
         return np.zeros_like(field)
@@ -177,6 +179,8 @@ def _change_at_texels(
     # A color equal to the photo's, where the photo hardly sees, is the photo drawn out along its rays.
     streaks = np.zeros(len(own), bool)
     for view in photos:
+        if view.is_filler:  # the field is meant to have its colors
+            continue
         uv, z_depths = _project(view.camera, mesh.vertices)
         streaks |= (np.abs(sample_picture(view.rgb, uv, 1.0) - own).max(1) < STREAK) & (z_depths > 0)
     known = 1.0 - streaks
@@ -236,6 +240,19 @@ def _mixed(
 def _project(camera: Camera, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     uv, z_depths = camera.to("cpu", torch.float64).project(torch.from_numpy(positions).double())
     return uv.numpy(), z_depths.numpy()
+
+
+def visibilities(
+    mesh: UnwrappedMesh, positions: np.ndarray, normals: np.ndarray, photos: list[Photo], config: MeshConfig
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`visibility` of several photos."""
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for photo in photos:
+        weight, uv = visibility(mesh, positions, normals, photo, config)
+        if photo.is_filler and found:
+            weight = weight * (1 - np.max([others for others, _ in found], axis=0))
+        found.append((weight, uv))
+    return found
 
 
 def visibility(

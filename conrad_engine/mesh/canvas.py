@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from ..cameras import Camera
 from ..config import MeshConfig
-from .bake import Photo, as_texture, sample_picture, surface_texels, texel_length, visibility
+from .bake import Photo, as_texture, sample_picture, surface_texels, texel_length, visibilities, visibility
 from .mesh import TexturedMesh, dots, lengths
 from .raster import rasterize, reduced, sample_texture
 from .unwrap import UnwrappedMesh
@@ -39,8 +39,7 @@ class Canvas:
         self.before = mesh.texture.reshape(-1, 3)[self.texels.pixels].astype(np.float32) / 255
         self.colors = self.before.copy()
         self.final = np.zeros(len(self.colors), np.float32)
-        for photo in photos:
-            weight, _ = visibility(self.shape, self.texels.positions, self.texels.normals, photo, config)
+        for weight, _ in visibilities(self.shape, self.texels.positions, self.texels.normals, photos, config):
             # Also where a photo is already blended with the field: its camera must see no change at all.
             self.final[weight > 0] = 1
 

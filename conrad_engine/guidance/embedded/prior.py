@@ -15,7 +15,7 @@ from ...cameras import Camera, orbit_angles
 from ...config import REFERENCE_EXTENT, EmbeddedPriorConfig
 from ...errors import GuidanceError
 from ..interfaces import GuidanceResult, ReferencePicture
-from .sampling import ConditionedPrior
+from .sampling import ConditionedPrior, channels_last
 from .unet import Reference, alpha_sigma
 from .weights import load_for_use
 
@@ -63,6 +63,10 @@ def distances_to_clean(own: Float[Tensor, "n 4 h w"], clean: Float[Tensor, "n 4 
     return torch.cat([colors, pull * (own_alpha - alpha)], 1)
 
 
+MIRROR_TIMES = (0.25, 0.4, 0.55, 0.7, 0.85)
+"""Noise times at which `EmbeddedPrior.mirror_errors` asks, twice each."""
+
+
 class EmbeddedPrior:
     """View-conditioned diffusion at 64 px, weights included. Satisfies `guidance.interfaces.Guidance`."""
 
@@ -100,7 +104,8 @@ class EmbeddedPrior:
             log_size=one * (0.0 if size is None else math.log(size / REFERENCE_EXTENT)),
             is_size_known=one * (size is not None),
         )
-        return ConditionedPrior(self.net, resized(rgba, self.picture_size) * 2 - 1, facts, self._cast)
+        self._picture = resized(rgba, self.picture_size) * 2 - 1
+        return ConditionedPrior(self.net, self._picture, facts, self._cast)
 
     def _ready(self) -> ConditionedPrior:
         if self._conditioned is None:
@@ -153,6 +158,22 @@ class EmbeddedPrior:
             loss = (small * difference).sum()
         (gradient,) = torch.autograd.grad(loss, pictures)
         return GuidanceResult(gradient.to(rgba), (small.detach() - clean).square().mean(), clean)
+
+    @torch.no_grad()
+    def mirror_errors(self, azimuths_rad: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """See `ViewSampler.mirror_errors`: the error of denoising it, the same noise for all azimuths."""
+        conditioned, picture = self._ready(), channels_last(self._picture.flip(-1))
+        azimuths_rad = azimuths_rad.to(self.device)
+        rows = conditioned.reference.camera[:1].repeat(len(azimuths_rad), 1)
+        rows[:, 0] = azimuths_rad
+        generator, errors = torch.Generator().manual_seed(0), []
+        for time in MIRROR_TIMES * 2:
+            noise = torch.randn(picture.shape, generator=generator).to(self.device)
+            t = torch.full_like(azimuths_rad, time)
+            alpha, sigma = alpha_sigma(t)
+            clean = conditioned.denoised(alpha * picture + sigma * noise, t, rows, 1.0, is_joint=False)
+            errors.append((clean - picture).square().mean((1, 2, 3)).log())
+        return torch.stack(errors).mean(0)
 
     def sample_views(
         self,
