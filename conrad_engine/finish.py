@@ -133,6 +133,7 @@ def finish(
         trained, field_picture = field_pictures.result()
         numbers = {
             "level": level,
+            **({} if state.plane is None else {"plane_deg": math.degrees(state.plane)}),
             **reference_measures(state, measured, seen, trained, field_picture, textured),
             **back_measures(textured, view),
             **topology(textured.vertices, textured.faces),

@@ -1,5 +1,7 @@
 """Textures: the photo where it sees, no seam where it ends."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from conrad_engine.config import MeshConfig
 from conrad_engine.evaluation.metrics import psnr
 from conrad_engine.mesh import bake
-from conrad_engine.mesh.bake import Photo, bake_texture
+from conrad_engine.mesh.bake import Photo, bake_texture, visibilities
 from conrad_engine.mesh.blend import SEAM_FADE, complete_colors
 from conrad_engine.mesh.extract import extract_mesh
 from conrad_engine.mesh.mesh import Mesh
@@ -154,6 +156,28 @@ def test_front_and_back_photos_meet():
         assert render_mesh(textured, camera(azimuth, 0.0, 64))[32, 32, 0] == pytest.approx(red, abs=0.01)
     side = render_mesh(textured, camera(90.0, 0.0, 256))[128, 60:196, 0]
     assert np.abs(np.diff(side)).max() < 0.02, "no step on the way from one to the other"
+
+
+def test_a_filler_shows_only_what_no_other_photo_does():
+    mesh = sphere_mesh(0.5)
+    gray, red = (
+        np.broadcast_to(np.array(c, np.float32), (512, 512, 3)).copy() for c in ((0.4, 0.4, 0.4), (0.8, 0.2, 0.2))
+    )
+    # The second one stands so near that both see much of the sphere.
+    photos = [photo_of(mesh, camera(0.0, 0.0, 512), gray), photo_of(mesh, camera(70.0, 0.0, 512), red)]
+    alone = bake_texture(unwrap(mesh, CONFIG), plain(torch.tensor([0.0, 0.0, 0.9])), photos[:1], CONFIG)
+    photos[1] = replace(photos[1], is_filler=True)
+    both = bake_texture(unwrap(mesh, CONFIG), plain(torch.tensor([0.0, 0.0, 0.9])), photos, CONFIG)
+    front = [render_mesh(textured, camera(0.0, 0.0, 128)) for textured in (alone, both)]
+    is_seen_well = (
+        np.hypot(*(np.mgrid[:128, :128] - 63.5))
+        < 0.75 * np.hypot(*(np.mgrid[:128, :128] - 63.5))[front[0][..., 3] > 0.5].max()
+    )
+    assert np.abs(front[0] - front[1])[is_seen_well].max() < 0.01
+    assert render_mesh(both, camera(110.0, 0.0, 64))[32, 32, :3] == pytest.approx([0.8, 0.2, 0.2], abs=0.02)
+    # What the filler is painted over is not redrawn either.
+    visible = visibilities(*(lambda m: (m, m.vertices, m.normals))(unwrap(mesh, CONFIG)), photos, CONFIG)
+    assert max((a + b).max() for (a, _), (b, _) in [visible]) <= 1 + 1e-6
 
 
 def test_without_a_photo_the_field_colors_all():

@@ -64,7 +64,7 @@ def distances_to_clean(own: Float[Tensor, "n 4 h w"], clean: Float[Tensor, "n 4 
 
 
 MIRROR_TIMES = (0.25, 0.4, 0.55, 0.7, 0.85)
-"""Noise times at which `EmbeddedPrior.mirror_errors` asks, twice each."""
+"""Noise times at which `EmbeddedPrior.mirror_errors` asks."""
 
 
 class EmbeddedPrior:
@@ -167,7 +167,7 @@ class EmbeddedPrior:
         rows = conditioned.reference.camera[:1].repeat(len(azimuths_rad), 1)
         rows[:, 0] = azimuths_rad
         generator, errors = torch.Generator().manual_seed(0), []
-        for time in MIRROR_TIMES * 2:
+        for time in MIRROR_TIMES:
             noise = torch.randn(picture.shape, generator=generator).to(self.device)
             t = torch.full_like(azimuths_rad, time)
             alpha, sigma = alpha_sigma(t)
