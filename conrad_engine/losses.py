@@ -67,7 +67,7 @@ def ranking_loss(
     return torch.where(are_usable, wrong, 0.0).sum() / are_usable.sum().clamp(min=1)
 
 
-def picture_loss(rgba: Float[Tensor, "n 4"], wanted: Float[Tensor, "n 4"]) -> Tensor:
+def picture_loss(shown: Float[Tensor, "n channels"], wanted: Float[Tensor, "n channels"]) -> Tensor:
     """Squared error up to 0.1, linear beyond: a few disagreeing views do not rule the fit."""
     beta = 0.1
-    return 2 * beta * F.smooth_l1_loss(rgba, wanted, beta=beta)
+    return 2 * beta * F.smooth_l1_loss(shown, wanted, beta=beta)

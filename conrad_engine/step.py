@@ -296,10 +296,16 @@ class TrainStep:
 
     def _unlike_twin(self, twin: Twin, unit: Tensor, jitter: Tensor) -> Tensor:
         """What the other side lacks of the picture in the mirror."""
-        rendering = self._render(*twin.camera.rays(unit[0] * twin.size), jitter)
+        # What is printed on one side alone must not dent the other: colors do not pull at the shape.
+        rendering = self._render(*twin.camera.rays(unit[0] * twin.size), jitter, is_shape_kept=True)
         wanted = F.grid_sample(twin.rgba, unit[None] * 2 - 1, align_corners=False)[0, :, 0].T
         mask_loss = losses.mask_loss(rendering.opacities, wanted[:, 3])
-        return TWIN_WEIGHT * (mask_loss + losses.picture_loss(rendering.rgba, wanted))
+        solid = (rendering.opacities.detach() > 0.5) & (wanted[:, 3] > 0.5)
+        shown, asked = (
+            torch.where(solid[:, None], rgb / alpha.clamp(min=0.5)[:, None], 0.0)
+            for rgb, alpha in ((rendering.rgb, rendering.opacities.detach()), (wanted[:, :3], wanted[:, 3]))
+        )
+        return TWIN_WEIGHT * (mask_loss + losses.picture_loss(shown, asked))
 
     def _fit(self, pixels: Tensor, places: Tensor, jitter: Tensor) -> tuple[Rendering, dict[str, Tensor]]:
         """Random rays of the sampled views against what they should see."""
@@ -330,11 +336,12 @@ class TrainStep:
         assert self.guidance is not None, "a job without guidance has no such steps"
         return self.guidance.gradient(rgba, cameras, self._done, self.generator)
 
-    def _render(self, origins: Tensor, directions: Tensor, jitter: Tensor) -> Rendering:
+    def _render(self, origins: Tensor, directions: Tensor, jitter: Tensor, is_shape_kept: bool = False) -> Rendering:
         state, n_samples = self.state, self.config.render.n_samples
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
+        is_static = self.graphed.is_enabled
         return render_rays(
-            state.constrained, origins, directions, n_samples, state.occupancy, jitter, self.graphed.is_enabled
+            state.constrained, origins, directions, n_samples, state.occupancy, jitter, is_static, is_shape_kept
         )
 
 

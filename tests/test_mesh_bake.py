@@ -169,11 +169,9 @@ def test_a_filler_shows_only_what_no_other_photo_does():
     photos[1] = replace(photos[1], is_filler=True)
     both = bake_texture(unwrap(mesh, CONFIG), plain(torch.tensor([0.0, 0.0, 0.9])), photos, CONFIG)
     front = [render_mesh(textured, camera(0.0, 0.0, 128)) for textured in (alone, both)]
-    is_seen_well = (
-        np.hypot(*(np.mgrid[:128, :128] - 63.5))
-        < 0.75 * np.hypot(*(np.mgrid[:128, :128] - 63.5))[front[0][..., 3] > 0.5].max()
-    )
-    assert np.abs(front[0] - front[1])[is_seen_well].max() < 0.01
+    # Up to its very rim the first photo's camera sees what it saw without the filler, but for a mixed texel here and there.
+    difference = np.abs(front[0] - front[1])[..., :3].max(-1)
+    assert (difference[front[0][..., 3] > 0.99] > 0.02).mean() < 0.02
     assert render_mesh(both, camera(110.0, 0.0, 64))[32, 32, :3] == pytest.approx([0.8, 0.2, 0.2], abs=0.02)
     # What the filler is painted over is not redrawn either.
     visible = visibilities(*(lambda m: (m, m.vertices, m.normals))(unwrap(mesh, CONFIG)), photos, CONFIG)

@@ -54,7 +54,7 @@ class Photo:
     """sRGB in [0, 1], continued past the mask."""
     mask: Float[np.ndarray, "height width"]
     is_filler: bool = False
-    """Whether it only counts as far as no photo before it sees a point."""
+    """Whether it only counts where no photo before it sees a point at all."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def visibilities(
     for photo in photos:
         weight, uv = visibility(mesh, positions, normals, photo, config)
         if photo.is_filler and found:
-            weight = weight * (1 - np.max([others for others, _ in found], axis=0))
+            weight = weight * (np.max([others for others, _ in found], axis=0) == 0)
         found.append((weight, uv))
     return found
 
