@@ -41,8 +41,9 @@ N_CANDIDATES, WINDOW_DEG = 3, 9
 """Planes that the prior is asked about, and how far to both sides of each."""
 LEAST_DIP = 0.03
 """By how much the prior must like a plane better than those at both ends of its window (logarithm of its error)."""
-LEAST_TURN_DEG = 5.0
-"""Angle between the plane and the reference's line of sight from which the mirrored picture says something new."""
+LEAST_TURN_DEG, MOST_TURN_DEG = 5.0, 70.0
+"""Angles between plane and line of sight from which on the mirrored picture says something new, and up to which an error
+of one degree makes an object no more than 5 % longer; beyond, it also prints a face on the back of a head."""
 
 
 def find_plane(field: ConstrainedField, sampler: ViewSampler) -> float | None:
@@ -72,7 +73,7 @@ def find_plane(field: ConstrainedField, sampler: ViewSampler) -> float | None:
     azimuth_rad = math.radians(window[lowest] + shift)
     turn_deg = math.degrees(math.asin(abs(math.sin(azimuth_rad))))
     log.info("symmetric about a plane %.1f degrees off the line of sight", turn_deg)
-    return azimuth_rad if turn_deg > LEAST_TURN_DEG else None
+    return azimuth_rad if LEAST_TURN_DEG < turn_deg < MOST_TURN_DEG else None
 
 
 def likely_planes(field: ConstrainedField) -> list[float]:

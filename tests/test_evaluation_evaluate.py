@@ -278,6 +278,7 @@ def test_variants_change_what_they_say() -> None:
         settings = variant.settings(config)
         assert (settings == config) == (not variant.overrides)
     assert find_variant("no_sds").settings(config).optimize.n_steps == 0
+    assert config.optimize.symmetry and not find_variant("no_symmetry").settings(config).optimize.symmetry
     with pytest.raises(InputError, match="unknown variant 'magic'"):
         find_variant("magic")
 

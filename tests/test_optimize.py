@@ -60,6 +60,9 @@ class BallPrior:
     def sample_views(self, cameras, n_steps, scale=None, generator=None, on_step=None, **_):
         return ball_picture(cameras)
 
+    def mirror_errors(self, azimuths_rad):
+        return torch.zeros_like(azimuths_rad)  # a ball is the same in every mirror
+
 
 def toy(kind="inferred_depth", steps=60, warm=0, field="dense_volume", **settings):
     config = PipelineConfig(

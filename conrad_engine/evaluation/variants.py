@@ -40,6 +40,7 @@ _ALL = [
     ),
     Variant("no_sds", "sampled views fitted, no score distillation", {"optimize.n_steps": 0}),
     Variant("no_detail", "no detail drawn on the texture", {"mesh.detail_views": 0}),
+    Variant("no_symmetry", "no plane of symmetry looked for", {"optimize.symmetry": False}),
     Variant("no_warm_start", "score distillation from the start", {"optimize.warm_start_views": 0}),
     Variant("degraded", "blurred, noisy, compressed picture, ragged mask", picture="picture_degraded.png"),
     Variant("photo", "composited over a photo, no mask given", picture="picture_photo.png"),
