@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -63,6 +64,8 @@ def optimize(
     if n_warm and state.sampled is None and state.step < n_warm:
         sample_warm_start(state, priors.sampler, condition, config, monitor)
         ranks.take_over([state.sampled, *state.field.state_dict().values()])
+        plane = ranks.agree(math.nan if state.plane is None else state.plane)
+        state.plane = None if math.isnan(plane) else plane
         save(state)
     train_step = TrainStep(state, priors.guidance, condition, config, ranks, priors.likeness)
     terms, n_skipped, save_after = {}, state.n_skipped, 0.0
