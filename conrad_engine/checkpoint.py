@@ -76,4 +76,6 @@ def load_checkpoint(folder: Path, state: State, config: PipelineConfig, inputs: 
     if content["shape"] != _shape(config):
         raise InputError(f"{path} was made with other field settings or another preset; {advice}")
     state.load(content["state"])
+    if not config.optimize.symmetry:  # switched off since
+        state.plane = None
     return True

@@ -14,13 +14,15 @@ from dataclasses import replace
 import mcubes
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.ndimage import binary_fill_holes
 from scipy.spatial import cKDTree
 
 from .cameras import Camera
 from .constraint import ConstrainedField, ReferenceView
 from .guidance.interfaces import ViewSampler
+from .mesh.mesh import Mesh
+from .mesh.occupancy import surface_points
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +80,12 @@ def find_plane(field: ConstrainedField, sampler: ViewSampler) -> float | None:
 
 def likely_planes(field: ConstrainedField) -> list[float]:
     """Azimuths (degrees) of planes about which the field's surface is like its mirror image, the likeliest first."""
-    points, faces = outer_surface(field)
-    if len(points) < LEAST_POINTS:
+    surface = outer_surface(field)
+    if len(surface.vertices) < LEAST_POINTS:
         return []
-    longest, rng = float(np.ptp(points, axis=0).max()), np.random.default_rng(0)
+    longest = float(np.ptp(surface.vertices, axis=0).max())
     # Anywhere on the faces: the vertices lie on a grid, which has planes of its own.
-    corners = points[faces[rng.integers(len(faces), size=N_POINTS)]]
-    tree, some = cKDTree(points), (rng.dirichlet(np.ones(3), N_POINTS)[..., None] * corners).sum(1)
+    tree, some = cKDTree(surface.vertices), surface_points(surface, N_POINTS)
 
     def unlikeness(azimuth_deg: float) -> float:
         mirrored = mirrored_points(some, math.radians(azimuth_deg))
@@ -115,8 +116,8 @@ def plane_normal(azimuth_rad: float) -> Float[np.ndarray, "3"]:
 
 
 @torch.no_grad()
-def outer_surface(field: ConstrainedField) -> tuple[Float[np.ndarray, "n 3"], Int[np.ndarray, "m 3"]]:
-    """Vertices of the field's outer surface, about a cell apart, and its faces; none where it is empty."""
+def outer_surface(field: ConstrainedField) -> Mesh:
+    """The field's outer surface, its vertices about a cell apart; empty where the field is."""
     low, high = field.aabb.double().cpu().numpy()
     cell = float((high - low).max()) / N_CELLS
     axes = [np.arange(start + cell / 2, end, cell) for start, end in zip(low, high)]
@@ -126,7 +127,7 @@ def outer_surface(field: ConstrainedField) -> tuple[Float[np.ndarray, "n 3"], In
     solid = (density * (2 * cell / math.log(2))).clamp(max=2).cpu().numpy().reshape([len(axis) for axis in axes])
     outer = np.pad(np.where(binary_fill_holes(solid > 1), np.maximum(solid, 1.001), solid), 1)
     vertices, faces = mcubes.marching_cubes(outer, 1.0)
-    return low + (vertices - 0.5) * cell, faces.astype(np.int64)
+    return Mesh((low + (vertices - 0.5) * cell).astype(np.float32), faces.astype(np.int32))
 
 
 def mirrored_view(view: ReferenceView, azimuth_rad: float) -> ReferenceView:

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "elevation": {"guidance", "preprocess"},
     "mesh": {"cameras"},
     "redraw": {"cameras", "guidance", "mesh"},
-    "symmetry": {"cameras", "constraint", "guidance"},
+    "symmetry": {"cameras", "constraint", "guidance", "mesh"},
     "state": {"adam", "constraint", "fields", "rendering"},
     "warm_start": {"cameras", "constraint", "guidance", "state", "symmetry"},
     "ranks": set(),

@@ -10,6 +10,7 @@ import torch
 
 from conrad_engine import optimize as loop
 from conrad_engine.cameras import orbit_angles, orbit_camera
+from conrad_engine.checkpoint import load_checkpoint, save_checkpoint
 from conrad_engine.config import (
     EmbeddedPriorConfig,
     FieldConfig,
@@ -20,6 +21,7 @@ from conrad_engine.config import (
 )
 from conrad_engine.constraint import ReferenceView, reference_view
 from conrad_engine.fields.radiance_field import make_field
+from conrad_engine.files import BackgroundWriter
 from conrad_engine.guidance.embedded.prior import EmbeddedPrior
 from conrad_engine.guidance.interfaces import GuidanceResult, Priors, ReferencePicture
 from conrad_engine.monitor import Monitor
@@ -130,7 +132,7 @@ def test_the_surface_is_the_outer_one_and_lies_where_the_density_rises():
     shell = Balls([(0, 0, 0, 0.5)])
     solid = shell.density
     shell.density = lambda p: torch.where(p.norm(dim=-1) < 0.3, 0.0, solid(p))
-    distances = np.linalg.norm(outer_surface(shell)[0], axis=1)
+    distances = np.linalg.norm(outer_surface(shell).vertices, axis=1)
     assert len(distances) > 1000 and abs(distances - 0.5).max() < 0.03
 
 
@@ -255,6 +257,17 @@ def test_a_plane_is_looked_for_once_the_first_views_are_drawn(monkeypatch, symme
     state.is_centered = is_centered
     sample_warm_start(state, Painter(), frame.condition, config, Monitor())
     assert (len(asked), state.plane) == ((1, 0.5) if is_asked else (0, None))
+
+
+def test_symmetry_switched_off_later_leaves_no_plane(tmp_path):
+    state, config, *_ = board_job()
+    state.plane = 0.5
+    with BackgroundWriter() as writer:
+        save_checkpoint(tmp_path, state, config, "job", writer)
+    for symmetry in (True, False):
+        other, settings, *_ = board_job(symmetry)
+        assert load_checkpoint(tmp_path, other, settings, "job")
+        assert other.plane == (0.5 if symmetry else None)
 
 
 def test_a_checkpoint_keeps_the_plane():

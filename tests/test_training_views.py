@@ -19,7 +19,7 @@ import torch
 from conrad_engine import cameras as project_cameras
 from conrad_engine.config import HALF_BOX, HALF_FRAME, REFERENCE_EXTENT
 from conrad_engine.errors import InputError, MissingDependency
-from conrad_engine.training import batches, evaluate_prior, raster, sources, views
+from conrad_engine.training import batches, evaluate_prior, raster, remodel, sources, views
 from conrad_engine.training.pool import Pool
 from conrad_engine.training.pool_build.meshes import Material, Mesh
 from conrad_engine.training.pool_build.packing import encode_geometry, index_mesh, write_pool
@@ -412,13 +412,13 @@ def test_evaluation_turns_an_object_that_is_too_deep():
 
 
 def test_reshaped_objects_stay_round_and_alike_on_both_sides(monkeypatch):
-    monkeypatch.setattr(views, "P_FLATTER", 0.0)
+    monkeypatch.setattr(remodel, "P_FLATTER", 0.0)
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     ring = np.stack([np.cos(angles), np.sin(angles), np.zeros(24)], 1)
     vertices = np.concatenate([0.3 * ring + [0, 0, z] for z in np.linspace(-0.5, 0.5, 9)])
     heights = set()
     for seed in range(20):
-        moved = views.reshaped(np.random.default_rng(seed), vertices).reshape(9, 24, 3)
+        moved = remodel.reshaped(np.random.default_rng(seed), vertices).reshape(9, 24, 3)
         radii = np.hypot(moved[..., 0], moved[..., 1])
         np.testing.assert_allclose(radii, radii[:, :1] * np.ones(24), rtol=1e-6)
         assert np.all(radii > 0.15) and np.all(np.diff(moved[:, 0, 2]) > 0)
@@ -430,7 +430,7 @@ def test_parts_go_as_a_whole_and_never_most_of_an_object():
     mesh = boxes()
     kept = set()
     for seed in range(40):
-        left = views.without_parts(np.random.default_rng(seed), mesh)
+        left = remodel.without_parts(np.random.default_rng(seed), mesh)
         raster.Rasterizer(left)  # faces and vertices fit
         assert len(left.faces) % 12 == 0 and len(left.vertices) == 8 * (len(left.faces) // 12)
         assert 0 in left.face_materials  # the post is the larger part of the area

@@ -10,18 +10,8 @@ import numpy as np
 from ..config import HALF_FRAME
 from .pool import PoolMesh
 from .raster import Rasterizer, orbit_camera, random_light
-from .views import (
-    MIN_COVERAGE,
-    P_RECOLOR,
-    SIZE,
-    Framing,
-    Task,
-    framed,
-    is_usable,
-    load_mesh,
-    recolored,
-    reshaped,
-)
+from .remodel import recolored, reshaped
+from .views import MIN_COVERAGE, P_RECOLOR, SIZE, Framing, Task, framed, is_usable, load_mesh
 
 ELEVATIONS_DEG = (-10.0, 60.0)
 FOVS_DEG = (20.0, 60.0)

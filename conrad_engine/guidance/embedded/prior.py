@@ -15,7 +15,7 @@ from ...cameras import Camera, orbit_angles
 from ...config import REFERENCE_EXTENT, EmbeddedPriorConfig
 from ...errors import GuidanceError
 from ..interfaces import GuidanceResult, ReferencePicture
-from .sampling import ConditionedPrior, channels_last
+from .sampling import ConditionedPrior
 from .unet import Reference, alpha_sigma
 from .weights import load_for_use
 
@@ -104,8 +104,7 @@ class EmbeddedPrior:
             log_size=one * (0.0 if size is None else math.log(size / REFERENCE_EXTENT)),
             is_size_known=one * (size is not None),
         )
-        self._picture = resized(rgba, self.picture_size) * 2 - 1
-        return ConditionedPrior(self.net, self._picture, facts, self._cast)
+        return ConditionedPrior(self.net, resized(rgba, self.picture_size) * 2 - 1, facts, self._cast)
 
     def _ready(self) -> ConditionedPrior:
         if self._conditioned is None:
@@ -162,7 +161,8 @@ class EmbeddedPrior:
     @torch.no_grad()
     def mirror_errors(self, azimuths_rad: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """See `ViewSampler.mirror_errors`: the error of denoising it, the same noise for all azimuths."""
-        conditioned, picture = self._ready(), channels_last(self._picture.flip(-1))
+        conditioned = self._ready()
+        picture = conditioned.pictures.flip(-1)
         azimuths_rad = azimuths_rad.to(self.device)
         rows = conditioned.reference.camera[:1].repeat(len(azimuths_rad), 1)
         rows[:, 0] = azimuths_rad

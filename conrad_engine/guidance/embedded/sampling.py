@@ -36,7 +36,7 @@ class ConditionedPrior:
         self, net: ViewPrior, pictures: Float[Tensor, "r 4 h w"], reference: Reference, cast: torch.autocast
     ) -> None:
         """Take the reference pictures, premultiplied RGBA in [-1, 1]; `cast` is the precision to compute in."""
-        self.net, self.cast = net, cast
+        self.net, self.pictures, self.cast = net, pictures, cast
         absent = reference._replace(is_present=torch.zeros_like(reference.is_present))
         # Rows: all references, then the same ones with the picture dropped.
         self.reference = Reference(*(torch.cat(pair) for pair in zip(reference, absent)))
