@@ -67,6 +67,8 @@ def optimize(
         plane = ranks.agree(math.nan if state.plane is None else state.plane)
         state.plane = None if math.isnan(plane) else plane
         save(state)
+    if state.plane is not None and priors.sampler is not None:
+        priors.sampler.know_mirrored(2 * state.plane)
     train_step = TrainStep(state, priors.guidance, condition, config, ranks, priors.likeness)
     terms, n_skipped, save_after = {}, state.n_skipped, 0.0
     started, first_step = time.monotonic(), state.step

@@ -194,6 +194,7 @@ def _first_state(view: ReferenceView | None, frame: Frame, config: PipelineConfi
     views = [] if view is None else [view.resized(TRAINING_PICTURE)]
     state = make_state(make_field(config.field_, _field_box(device)), views, config, device)
     state.is_centered = frame.is_centered
+    state.world_azimuth = frame.world_azimuth_rad
     return state
 
 

@@ -36,6 +36,8 @@ class State:
     half_frame: float = VIEW_HALF_FRAME
     is_centered: bool = False
     """Whether the origin is the object's center, as the user has it; part of the job, not of its checkpoint."""
+    world_azimuth: float | None = None
+    """Of the world's x axis (radians), if the world is the user's; part of the job, too."""
     plane: float | None = None
     """Of symmetry: azimuth of its normal (radians), once it has been found."""
     history: list[dict[str, float]] = field(default_factory=list)

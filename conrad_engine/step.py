@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from . import losses
@@ -22,7 +20,6 @@ from .ranks import Ranks, taken
 from .rendering.compositing import distortion
 from .rendering.renderer import Rendering, render_rays
 from .state import State, n_coarse_steps
-from .symmetry import mirrored_view
 from .warm_start import N_SAMPLED_RAYS, SampledViews, half_angle_tangent, view_cameras
 
 FIT_WEIGHT = 4.0
@@ -41,13 +38,6 @@ N_DEPTHS = 16
 """Rays that must see a known depth for the depth loss to say anything."""
 DEPTH_LOSSES = {"correlation": losses.correlation_loss, "ranking": losses.ranking_loss}
 ALONE = Ranks()
-TWIN_BLUR_PX = 0.7
-"""Blur of the picture in the mirror, in pixels of the views."""
-N_TWIN_RAYS = 1024
-"""Rays a step that are compared with the picture in the mirror."""
-TWIN_WEIGHT = 0.6
-"""A third of what a picture's own mask has: the plane may be off by a degree or two, and then the prior must have the last word
-on how long an object is towards the camera."""
 SDS_WEIGHT = 16.0
 """Of the distillation gradient's mean over pixels and channels, against the other terms."""
 
@@ -57,24 +47,12 @@ class Draws(NamedTuple):
 
     reference: tuple[tuple[Tensor, Tensor], ...]
     """A reference view each: places in its picture, jitter of the rays."""
-    twin: tuple[Tensor, ...]
-    """The same for the picture in the mirror, if it is one of the views."""
     fade: Tensor
     """Share of the depth loss that is left."""
     views: tuple[Any, ...]
     """What `fit_rendering` or `view_rendering` needs."""
     smooth: tuple[Tensor, ...]
     """What the field's `smoothness` needs."""
-
-
-class Twin(NamedTuple):
-    """The picture in the mirror and the camera that took it."""
-
-    camera: Camera
-    rgba: Float[Tensor, "1 4 h w"]
-    """Premultiplied."""
-    size: Float[Tensor, "2"]
-    """Width and height, pixels."""
 
 
 class TrainStep:
@@ -105,7 +83,6 @@ class TrainStep:
         self.n_coarse = n_coarse_steps(config)
         self.n_warm = self.n_coarse - config.optimize.n_steps
         self._captured_structure: tuple = ()
-        self._twin: Twin | None = None
         self._is_prepared = False
 
     def __call__(self) -> dict[str, Tensor]:
@@ -127,7 +104,6 @@ class TrainStep:
             self._captured_structure = structure
             self.graphed.reset()
             state.constrained.soften(SOFT_PX * state.pixel(self._view_size))
-            self._twin = None if state.plane is None else self._in_the_mirror(state.plane)
         if self.ranks.count == 1:
             return self.graphed(*self._draw())
         loss, terms = self.graphed(*self._draw())
@@ -161,8 +137,7 @@ class TrainStep:
         """All that decides which operations a step consists of."""
         has_entropy = self.progress > ENTROPY_FROM
         has_depth = self.config.optimize.depth_weight > 0 and self.fade > 0
-        shell, has_twin = self.state.constrained.has_shell, self.state.plane is not None
-        return self.is_fit, self.is_fine, has_entropy, has_depth, shell, has_twin, self.state.n_views
+        return self.is_fit, self.is_fine, has_entropy, has_depth, self.state.constrained.has_shell, self.state.n_views
 
     # The host's part
 
@@ -185,16 +160,6 @@ class TrainStep:
         if has_surfaces:
             state.constrained.infer_surfaces(config.render.n_samples, state.occupancy, self.graphed.is_enabled)
 
-    def _in_the_mirror(self, plane: float) -> Twin:
-        """The picture in the mirror, blurred all over: nothing is quite as symmetric as that, and a thin part that stands a
-        little elsewhere on the other side must not be torn."""
-        view = mirrored_view(self.state.constrained.views[0].picture, plane)
-        sigma = TWIN_BLUR_PX * self.state.pixel(self._view_size) * view.focal_at_origin
-        rgba = torch.cat([view.rgb * view.mask, view.mask]).cpu().numpy()
-        rgba = gaussian_filter(rgba, (0, sigma, sigma), mode="constant")
-        size = torch.tensor([view.camera.width, view.camera.height], device=view.mask.device)
-        return Twin(view.camera, torch.from_numpy(rgba)[None].to(view.mask), size)
-
     def _draw(self) -> Draws:
         generator, device = self.generator, self.state.device
 
@@ -204,7 +169,6 @@ class TrainStep:
         reference = tuple(
             (uniform(1, N_REFERENCE_RAYS, 2), uniform(N_REFERENCE_RAYS, 1)) for _ in self.state.constrained.views
         )
-        twin = () if self._twin is None else (uniform(1, N_TWIN_RAYS, 2), uniform(N_TWIN_RAYS, 1))
         if self.is_fit:
             views = (*self._sampled.draw(generator), uniform(N_SAMPLED_RAYS, 1))
         else:
@@ -212,7 +176,7 @@ class TrainStep:
             reach = torch.full((), azimuth_reach(self.progress, self.config), device=device)
             views = (uniform(4, n), reach, uniform(n * size**2, 1), self._draw_guidance(n))
         fade = torch.full((), self.fade, device=device)
-        return Draws(reference, twin, fade, views, self.state.field.draw_smoothness(generator))
+        return Draws(reference, fade, views, self.state.field.draw_smoothness(generator))
 
     @cached_property
     def _sampled(self) -> SampledViews:
@@ -251,8 +215,6 @@ class TrainStep:
         self._is_prepared = False
         state.adam.zero_grad()
         terms = self._reference_terms(drawn)
-        if self._twin is not None:
-            terms["twin"] = self._unlike_twin(self._twin, *drawn.twin)
         rendering, of_views = self._fit(*drawn.views) if self.is_fit else self._distilled(*drawn.views)
         terms |= of_views
         if self.progress > ENTROPY_FROM:
@@ -294,19 +256,6 @@ class TrainStep:
                 terms["depth"] = terms.get("depth", 0) + settings.depth_weight * draws.fade * depth_term
         return terms
 
-    def _unlike_twin(self, twin: Twin, unit: Tensor, jitter: Tensor) -> Tensor:
-        """What the other side lacks of the picture in the mirror."""
-        # What is printed on one side alone must not dent the other: colors do not pull at the shape.
-        rendering = self._render(*twin.camera.rays(unit[0] * twin.size), jitter, is_shape_kept=True)
-        wanted = F.grid_sample(twin.rgba, unit[None] * 2 - 1, align_corners=False)[0, :, 0].T
-        mask_loss = losses.mask_loss(rendering.opacities, wanted[:, 3])
-        solid = (rendering.opacities.detach() > 0.5) & (wanted[:, 3] > 0.5)
-        shown, asked = (
-            torch.where(solid[:, None], rgb / alpha.clamp(min=0.5)[:, None], 0.0)
-            for rgb, alpha in ((rendering.rgb, rendering.opacities.detach()), (wanted[:, :3], wanted[:, 3]))
-        )
-        return TWIN_WEIGHT * (mask_loss + losses.picture_loss(shown, asked))
-
     def _fit(self, pixels: Tensor, places: Tensor, jitter: Tensor) -> tuple[Rendering, dict[str, Tensor]]:
         """Random rays of the sampled views against what they should see."""
         origins, directions, wanted = self._sampled.rays(pixels, places)
@@ -336,12 +285,11 @@ class TrainStep:
         assert self.guidance is not None, "a job without guidance has no such steps"
         return self.guidance.gradient(rgba, cameras, self._done, self.generator)
 
-    def _render(self, origins: Tensor, directions: Tensor, jitter: Tensor, is_shape_kept: bool = False) -> Rendering:
+    def _render(self, origins: Tensor, directions: Tensor, jitter: Tensor) -> Rendering:
         state, n_samples = self.state, self.config.render.n_samples
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
-        is_static = self.graphed.is_enabled
         return render_rays(
-            state.constrained, origins, directions, n_samples, state.occupancy, jitter, is_static, is_shape_kept
+            state.constrained, origins, directions, n_samples, state.occupancy, jitter, self.graphed.is_enabled
         )
 
 

@@ -1,8 +1,8 @@
-"""A vertical plane of symmetry: where a shape has one, the picture in a mirror is a view of its other side.
+"""A vertical plane of symmetry: where the object has one, the picture in a mirror is a view of its other side.
 
-Most things are alike on two sides. What the prior draws from all around is so, too, roughly: the plane shows in the hull of
-these views. The mirrored picture then tells what they cannot, at the picture's resolution: outline and colors of the far side
-and, as from a second camera, how deep the near one is.
+Most things are alike on two sides. The prior says how well the mirrored picture would do as the view from around there; what it
+has drawn from all around must leave room for that silhouette. A plane that stands both tests gives a second picture of the
+object, which the prior then knows, at the price of an error of the plane of a degree or two.
 """
 
 from __future__ import annotations
@@ -11,94 +11,180 @@ import logging
 import math
 from dataclasses import replace
 
-import mcubes
 import numpy as np
 import torch
-from jaxtyping import Float
-from scipy.ndimage import binary_fill_holes
-from scipy.spatial import cKDTree
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from .cameras import Camera
-from .constraint import ConstrainedField, ReferenceView
+from .constraint import ReferenceView
 from .guidance.interfaces import ViewSampler
-from .mesh.mesh import Mesh
-from .mesh.occupancy import surface_points
+from .hull import EMPTY_SCORE, HULL_CELLS, cell_centers, hull_scores, log_opacities
 
 log = logging.getLogger(__name__)
 
-N_CELLS = 80
-"""Cells a side of the grid in which the field's surface is found."""
-CHUNK = 1 << 17
-"""Points of the field evaluated at once."""
-N_POINTS, LEAST_POINTS = 2500, 300
-FARTHEST = 0.1
-"""Distances count up to here, longest sides: what one side alone has must not decide where the plane is."""
 STEP_DEG = 3
-MOST_UNLIKE = 0.03
-"""Mean distance, longest sides, between the surface and its mirror image up to which it may be symmetric. Sampled as here, a
-surface is about 0.006 away from itself."""
-MOST_CONTRAST = 0.6
-"""... and of what it is across the middle one of all planes: a thing that is round has none of its own."""
-N_CANDIDATES, WINDOW_DEG = 3, 9
-"""Planes that the prior is asked about, and how far to both sides of each."""
-LEAST_DIP = 0.03
-"""By how much the prior must like a plane better than those at both ends of its window (logarithm of its error)."""
-LEAST_TURN_DEG, MOST_TURN_DEG = 5.0, 70.0
-"""Angles between plane and line of sight from which on the mirrored picture says something new, and up to which an error
-of one degree makes an object no more than 5 % longer; beyond, it also prints a face on the back of a head."""
+WINDOW = 4
+"""Steps to both sides of a plane within which the prior must dislike some other plane."""
+LEAST_DIP = 0.12
+"""By how much, at both ends of that window (logarithm of its error)."""
+MOST_DENIED = 0.1
+"""Part of the drawn silhouettes that the mirrored one may leave no room for: where it is more, the two tell of other shapes."""
+MOST_ABOVE = 0.2
+"""Error above the least of all angles up to which a dip counts: a box is a little alike about its diagonals, too."""
+LEAST_TURN_DEG, MOST_TURN_DEG = 6.0, 80.0
+"""Angles between plane and line of sight from which on the mirrored picture says something new, and up to which it may be
+taken for the other side: beyond, it is the face of a head on its back, which the prior does not find strange enough."""
+USUAL_TURNS_DEG, USUAL_ERRORS = (0, 9, 18, 27, 45, 63, 90), (0.44, 0.245, 0.116, 0.061, -0.018, -0.077, -0.105)
+"""The prior's error, over its median for a picture, at any angle between plane and line of sight: means over 200 objects."""
+LEAST_CONTRAST, MOST_DENIED_AXIS, LEAST_ALIKE = 0.05, 0.04, 0.5
+"""What a plane along one of the world's axes needs: an error below the usual, so much further below than the other axis, less
+that is denied, and a hull so much like its mirror image."""
+SNAP_DEG = 4.5
+"""A plane is moved to one of the world's axes from so near, if the prior's error there is not larger by `LEAST_DIP`."""
+SILHOUETTE_PX = 64
+"""Longer side of the picture's silhouette in the hull: as much as drawn views have."""
 
 
-def find_plane(field: ConstrainedField, sampler: ViewSampler) -> float | None:
-    """The vertical plane through the origin about which the object is symmetric; None if there is none, or if the picture would
-    say nothing new in its mirror.
+def find_plane(
+    view: ReferenceView,
+    opacities: Float[Tensor, "v 1 h w"],
+    cameras: Camera,
+    aabb: Float[Tensor, "2 3"],
+    sampler: ViewSampler,
+    world_azimuth_rad: float | None = None,
+) -> float | None:
+    """The vertical plane through the origin about which the object is symmetric; None if there is none to be seen, or if the
+    picture would say nothing new in its mirror.
 
-    The field's surface says about where it is. How well the prior takes the mirrored picture for the view from the other side
-    says it to a degree or two (cf. ID-Pose, arXiv:2306.17140, for the cameras of several pictures): across a plane that is off
-    by one, an object long towards the camera would have to be several percent longer to fit both pictures.
+    As a function of the plane's angle the prior's error for the mirrored picture falls by a tenth and more, within ten degrees,
+    where it is right (cf. ID-Pose, arXiv:2306.17140, for the cameras of several pictures); but it may fall elsewhere, too. Of
+    such angles, the one counts whose hull, of the views and both pictures, is most like its own mirror image. If there is none,
+    one of the world's axes may do, along which most things stand in a scene.
+
+    Args:
+        view: The picture.
+        opacities: Of views that the prior has drawn, and their `cameras`.
+        aabb: Where the object is.
+        world_azimuth_rad: Of one of the world's level axes, if things are likely to stand square to them.
 
     Returns:
         Azimuth of its normal (radians); 0 is across the reference's line of sight.
     """
-    for likely_deg in likely_planes(field):
-        window = np.arange(likely_deg - WINDOW_DEG, likely_deg + WINDOW_DEG + 1, STEP_DEG)
-        errors = mirror_errors(sampler, window)
-        lowest = int(errors.argmin())
-        dip = float(min(errors[0], errors[-1]) - errors[lowest])
-        log.info("a plane at %.0f degrees: the prior's best is %.0f, by %.3f", likely_deg, window[lowest], dip)
-        if dip > LEAST_DIP:
-            break
+    angles = np.arange(0, 180, STEP_DEG)
+    errors = mirror_errors(sampler, angles)
+    hull = _Hull(view, opacities, cameras, aabb)
+    axes = (
+        np.array([]) if world_azimuth_rad is None else (math.degrees(world_azimuth_rad) + np.array([0.0, 90.0])) % 180
+    )
+    axis_errors = mirror_errors(sampler, axes) if len(axes) else axes
+    found = _deepest(angles, errors, hull)
+    if found is not None:
+        angle, error = _refined(angles[found], sampler), errors[found]
+        for axis, axis_error in zip(axes, axis_errors):
+            if abs((axis - angle + 90) % 180 - 90) < SNAP_DEG and axis_error < error + LEAST_DIP:
+                angle = axis
+    elif len(axes):
+        angle = _along_an_axis(axes, axis_errors - np.median(errors), hull)
     else:
+        angle = None
+    if angle is None or not is_new(np.array([angle]))[0]:
         return None
-    near = window[lowest] + np.arange(-2, 3) * (STEP_DEG / 2)
-    curve = np.polyfit(near - window[lowest], mirror_errors(sampler, near), 2)
-    shift = float(np.clip(-curve[1] / (2 * curve[0]), -STEP_DEG, STEP_DEG)) if curve[0] > 0 else 0.0
-    azimuth_rad = math.radians(window[lowest] + shift)
-    turn_deg = math.degrees(math.asin(abs(math.sin(azimuth_rad))))
-    log.info("symmetric about a plane %.1f degrees off the line of sight", turn_deg)
-    return azimuth_rad if LEAST_TURN_DEG < turn_deg < MOST_TURN_DEG else None
+    log.info("symmetric about the plane at %.1f degrees", angle)
+    return math.radians(angle)
 
 
-def likely_planes(field: ConstrainedField) -> list[float]:
-    """Azimuths (degrees) of planes about which the field's surface is like its mirror image, the likeliest first."""
-    surface = outer_surface(field)
-    if len(surface.vertices) < LEAST_POINTS:
-        return []
-    longest = float(np.ptp(surface.vertices, axis=0).max())
-    # Anywhere on the faces: the vertices lie on a grid, which has planes of its own.
-    tree, some = cKDTree(surface.vertices), surface_points(surface, N_POINTS)
+def _deepest(angles: np.ndarray, errors: np.ndarray, hull: _Hull) -> int | None:
+    """Index of the angle in a dip of the errors whose hull is most like its mirror image."""
+    ends = np.minimum(*(nearby(errors, side * np.array([WINDOW - 1, WINDOW])).min(0) for side in (-1, 1)))
+    is_lowest = errors <= nearby(errors, np.array([-1, 1])).min(0)
+    best, most_alike = None, -math.inf
+    is_low = errors < errors.min() + MOST_ABOVE
+    for index in np.flatnonzero(is_lowest & is_low & is_new(angles) & (ends - errors > LEAST_DIP)):
+        denied, alike = hull.beside(math.radians(angles[index]))
+        dip = ends[index] - errors[index]
+        log.info("a plane at %d degrees: dip %.2f, denied %.3f, alike %.2f", angles[index], dip, denied, alike)
+        alike -= 2 * (errors[index] - errors.min())
+        if denied < MOST_DENIED and alike > most_alike:
+            best, most_alike = index, alike
+    return best
 
-    def unlikeness(azimuth_deg: float) -> float:
-        mirrored = mirrored_points(some, math.radians(azimuth_deg))
-        distances, _ = tree.query(mirrored, distance_upper_bound=FARTHEST * longest)
-        return float(np.minimum(distances / longest, FARTHEST).mean())
 
-    azimuths = np.arange(0, 180, STEP_DEG)
-    scores = np.array([unlikeness(azimuth) for azimuth in azimuths])
-    is_lowest = (scores <= np.roll(scores, 1)) & (scores <= np.roll(scores, -1))
-    is_likely = is_lowest & (scores < min(MOST_UNLIKE, MOST_CONTRAST * np.median(scores)))
-    order = np.argsort(scores)
-    log.info("most symmetric at %d degrees: %.4f, others %.4f", azimuths[order[0]], scores.min(), np.median(scores))
-    return [float(azimuths[k]) for k in order if is_likely[k]][:N_CANDIDATES]
+def _refined(angle: float, sampler: ViewSampler) -> float:
+    """The lowest point of a parabola through the prior's errors around an angle."""
+    steps = np.arange(-2, 3) * (STEP_DEG / 2)
+    curve = np.polyfit(steps, mirror_errors(sampler, angle + steps), 2)
+    return angle + (float(np.clip(-curve[1] / (2 * curve[0]), -STEP_DEG, STEP_DEG)) if curve[0] > 0 else 0.0)
+
+
+def _along_an_axis(axes: np.ndarray, errors: np.ndarray, hull: _Hull) -> float | None:
+    """The axis that the prior likes clearly better than is usual at its angle, and better than the other one."""
+    unusual = errors - np.interp(turns_deg(axes), USUAL_TURNS_DEG, USUAL_ERRORS)
+    better = int(unusual.argmin())
+    if not is_new(axes)[better] or unusual[better] > 0 or unusual.max() - unusual.min() < LEAST_CONTRAST:
+        return None
+    denied, alike = hull.beside(math.radians(axes[better]))
+    log.info("an axis at %d degrees: %.2f, denied %.3f, alike %.2f", axes[better], unusual[better], denied, alike)
+    return float(axes[better]) if denied < MOST_DENIED_AXIS and alike > LEAST_ALIKE else None
+
+
+def turns_deg(angles_deg: np.ndarray) -> np.ndarray:
+    """Angles, 0 to 90, between planes and the line of sight."""
+    return np.minimum(angles_deg % 180, -angles_deg % 180)
+
+
+def is_new(angles_deg: np.ndarray) -> np.ndarray:
+    """Whether the picture in the mirror says something of the other side."""
+    return (turns_deg(angles_deg) > LEAST_TURN_DEG) & (turns_deg(angles_deg) < MOST_TURN_DEG)
+
+
+def nearby(errors: Float[np.ndarray, " n"], steps: np.ndarray) -> Float[np.ndarray, "s n"]:
+    """Errors so many steps of the angle away: half a turn makes a plane the same again."""
+    return np.stack([np.roll(errors, -step) for step in steps])
+
+
+class _Hull:
+    """Of drawn silhouettes and the picture's own; what becomes of it when the mirrored one joins."""
+
+    def __init__(self, view: ReferenceView, opacities: Tensor, cameras: Camera, aabb: Tensor) -> None:
+        self.view, self.aabb = view.resized(SILHOUETTE_PX), aabb
+        self.points = cell_centers(aabb)
+        drawn = log_opacities(self.points, opacities, cameras)
+        self.logs = torch.cat([drawn, self._seen(self.view)])
+        # Pixels of drawn silhouettes that points fall on, numbered through all views; the last number is for none.
+        uv, _ = cameras.project(self.points[None].expand(len(cameras), -1, -1))
+        column, row = uv.long().unbind(-1)
+        width, height = cameras.width, cameras.height
+        is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        first = torch.arange(len(cameras), device=aabb.device)[:, None] * width * height
+        pixel = torch.where(is_inside, first + row * width + column, 0)
+        is_inside &= opacities.flatten()[pixel] > 0.5
+        self.n_pixels = opacities.numel()
+        self.pixels = torch.where(is_inside, pixel, self.n_pixels)
+        self.n_covered = self._covered(hull_scores(self.logs) > EMPTY_SCORE)
+
+    def beside(self, azimuth_rad: float) -> tuple[float, float]:
+        """With the picture in this plane's mirror: the part of the drawn silhouettes that has no hull any more, and the
+        intersection over union of the hull and its mirror image."""
+        logs = torch.cat([self.logs, self._seen(mirrored_view(self.view, azimuth_rad))])
+        is_solid = hull_scores(logs) > EMPTY_SCORE
+        if not is_solid.any():
+            return 1.0, 0.0
+        points = self.points[is_solid]
+        low, high = self.aabb
+        cells = ((mirrored_points(points, azimuth_rad) - low) / (high - low) * HULL_CELLS).floor().long()
+        is_inside = ((cells >= 0) & (cells < HULL_CELLS)).all(-1)
+        x, y, z = cells[is_inside].unbind(-1)
+        n_both = int(is_solid[(x * HULL_CELLS + y) * HULL_CELLS + z].sum())
+        return 1 - self._covered(is_solid) / max(1, self.n_covered), n_both / (2 * len(points) - n_both)
+
+    def _seen(self, view: ReferenceView) -> Tensor:
+        return log_opacities(self.points, view.mask[None], view.camera[None])
+
+    def _covered(self, is_solid: Bool[Tensor, " n"]) -> int:
+        hit = torch.zeros(self.n_pixels + 1, dtype=torch.bool, device=is_solid.device)
+        hit[self.pixels[:, is_solid].flatten()] = True
+        return int(hit[:-1].sum())
 
 
 def mirror_errors(sampler: ViewSampler, azimuths_deg: np.ndarray) -> Float[np.ndarray, " n"]:
@@ -106,28 +192,13 @@ def mirror_errors(sampler: ViewSampler, azimuths_deg: np.ndarray) -> Float[np.nd
     return sampler.mirror_errors(torch.from_numpy(np.radians(2 * azimuths_deg)).float()).double().cpu().numpy()
 
 
-def mirrored_points(points: Float[np.ndarray, "n 3"], azimuth_rad: float) -> Float[np.ndarray, "n 3"]:
-    normal = plane_normal(azimuth_rad)
+def mirrored_points(points: Float[Tensor, "n 3"], azimuth_rad: float) -> Float[Tensor, "n 3"]:
+    normal = torch.from_numpy(plane_normal(azimuth_rad)).to(points)
     return points - 2 * (points @ normal)[:, None] * normal
 
 
 def plane_normal(azimuth_rad: float) -> Float[np.ndarray, "3"]:
     return np.array([math.cos(azimuth_rad), math.sin(azimuth_rad), 0.0])
-
-
-@torch.no_grad()
-def outer_surface(field: ConstrainedField) -> Mesh:
-    """The field's outer surface, its vertices about a cell apart; empty where the field is."""
-    low, high = field.aabb.double().cpu().numpy()
-    cell = float((high - low).max()) / N_CELLS
-    axes = [np.arange(start + cell / 2, end, cell) for start, end in zip(low, high)]
-    grid = torch.from_numpy(np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)).to(field.aabb)
-    density = torch.cat([field.density(some) for some in grid.split(CHUNK)])
-    # Half opaque after two cells.
-    solid = (density * (2 * cell / math.log(2))).clamp(max=2).cpu().numpy().reshape([len(axis) for axis in axes])
-    outer = np.pad(np.where(binary_fill_holes(solid > 1), np.maximum(solid, 1.001), solid), 1)
-    vertices, faces = mcubes.marching_cubes(outer, 1.0)
-    return Mesh((low + (vertices - 0.5) * cell).astype(np.float32), faces.astype(np.int32))
 
 
 def mirrored_view(view: ReferenceView, azimuth_rad: float) -> ReferenceView:

@@ -15,6 +15,7 @@ from .config import HALF_FRAME, PipelineConfig
 from .constraint import ConstrainedField
 from .errors import Cancelled
 from .guidance.interfaces import ViewSampler
+from .hull import EMPTY_SCORE, HULL_CELLS, cell_centers, hull_scores, log_opacities
 from .monitor import Command, Monitor, Progress
 from .state import VIEW_HALF_FRAME, State
 from .symmetry import find_plane
@@ -31,8 +32,6 @@ prior was trained on frames that fit their object and takes the frame as a hint 
 leave it draws the object short, in one too wide it draws it long."""
 RING_ELEVATIONS_DEG = (0.0, 30.0)
 """In turn. From the level the hull has no wedge under the object."""
-HULL_CELLS = 72
-"""Cells a side of the hull that sampled views are carved into."""
 
 
 def ring_azimuths_rad(n_views: int) -> list[float]:
@@ -71,8 +70,28 @@ def sample_warm_start(
     config: PipelineConfig,
     monitor: Monitor,
 ) -> None:
-    """Let the prior draw the object from all around, once; the fit to these views gives score distillation its start."""
+    """Let the prior draw the object from all around, once; the fit to these views gives score distillation its start.
+
+    If they show that the object is symmetric, they are drawn again, beside the picture in the mirror.
+    """
     assert sampler is not None, "a job with a warm start has someone to draw its views"
+    settings = config.optimize
+    cameras = _draw_views(state, sampler, condition, config, monitor)
+    if settings.symmetry and state.is_centered and len(state.constrained.views) == 1:
+        view = state.constrained.views[0].picture
+        axis = state.world_azimuth if settings.axis_aligned else None
+        state.plane = find_plane(view, state.sampled[:, 3:], cameras, state.field.aabb, sampler, axis)
+        if state.plane is not None:
+            sampler.know_mirrored(2 * state.plane)
+            cameras = _draw_views(state, sampler, condition, config, monitor)
+    if settings.carve:
+        carve(state, cameras)
+
+
+def _draw_views(
+    state: State, sampler: ViewSampler, condition: Camera, config: PipelineConfig, monitor: Monitor
+) -> Camera:
+    """Views from all around in a frame that fits them, and their cameras."""
     settings = config.optimize
     for half_frame, full in FRAMES:
         state.half_frame = half_frame
@@ -90,10 +109,7 @@ def sample_warm_start(
         if (filled := filled_part(state.sampled[:, 3])) < full:
             break
         log.info("the object fills %.2f of views with a half frame of %.2f: they are drawn again", filled, half_frame)
-    if settings.carve:
-        carve(state, cameras)
-        if settings.symmetry and state.is_centered and len(state.constrained.views) == 1:
-            state.plane = find_plane(state.constrained, sampler)
+    return cameras
 
 
 def filled_part(opacities: Float[Tensor, "n size size"]) -> float:
@@ -114,28 +130,13 @@ def _sampling_step(step: int, n_steps: int, monitor: Monitor) -> None:
 
 
 def carve(state: State, cameras: Camera) -> None:
-    """Start from the space that the sampled silhouettes leave: their visual hull, lenient with a single dissenting view.
-
-    A point's score sums the logarithms of the opacities it projects to; the worst view counts half, so a point that one view
-    sees outside starts half dense and one that two views see outside starts empty.
-    """
-    field, sampled = state.field, state.sampled
-    resolution = HULL_CELLS
-    axes = [
-        low + (torch.arange(resolution, device=low.device) + 0.5) / resolution * (high - low)
-        for low, high in field.aabb.T
-    ]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-    uv, _ = cameras.project(points[None].expand(len(cameras), -1, -1))
-    unit = uv / cameras.width * 2 - 1
-    opacities = torch.nn.functional.avg_pool2d(sampled[:, 3:], 3, 1, 1)
-    seen = torch.nn.functional.grid_sample(opacities, unit[:, None], align_corners=False, padding_mode="border")[
-        :, 0, 0
-    ]
-    logs = seen.clamp(0.02, 1).log()
-    score = _lifted(logs.sum(0) - 0.5 * logs.amin(0), points, state.constrained)
+    """Start from the hull of the sampled silhouettes: a point that one view sees outside starts half dense, one that two views
+    see outside empty."""
+    field = state.field
+    points = cell_centers(field.aabb)
+    scores = _lifted(hull_scores(log_opacities(points, state.sampled[:, 3:], cameras)), points, state.constrained)
     cell = float((field.aabb[1] - field.aabb[0]).max()) / field.config.resolution
-    field.initialize(((score + 2) * cell).view(resolution, resolution, resolution))
+    field.initialize(((scores - EMPTY_SCORE) * cell).view(HULL_CELLS, HULL_CELLS, HULL_CELLS))
     field.prepare()
 
 

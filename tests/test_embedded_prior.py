@@ -18,7 +18,7 @@ from conrad_engine.cameras import Camera, orbit_camera
 from conrad_engine.config import HALF_FRAME, EmbeddedPriorConfig
 from conrad_engine.errors import Cancelled, GuidanceError
 from conrad_engine.guidance.embedded.prior import EmbeddedPrior, camera_rows
-from conrad_engine.guidance.embedded.sampling import ConditionedPrior, extrapolation
+from conrad_engine.guidance.embedded.sampling import KNOWN_TIME, ConditionedPrior, extrapolation
 from conrad_engine.guidance.embedded.unet import ARCHITECTURE, Group, Reference, ViewPrior, alpha_sigma, ray_directions
 from conrad_engine.guidance.embedded.weights import load, load_for_use, shipped_path, to_bytes
 from conrad_engine.guidance.interfaces import ReferencePicture
@@ -255,6 +255,43 @@ def test_references_in_a_batch_are_answered_as_one_by_one(is_joint):
         facts = Reference(*(x[i : i + 1] for x in together.reference))
         alone = ConditionedPrior(net, pictures[i : i + 1], facts, EXACT)
         assert torch.allclose(alone.denoised(noisy[own], t[own], rows[own], 2.0, is_joint), batch[own], atol=1e-4)
+
+
+@pytest.mark.parametrize("time", [0.8, 0.1])
+def test_known_views_are_seen_by_targets_that_see_each_other(time):
+    net, noisy = random_network(), torch.randn(2, 4, 64, 64, generator=seeded())
+    t, rows = torch.full((2,), time), camera_rows(orbit([80, 200]))
+    prior, plain = (conditioned(net, disc()[None] * 2 - 1) for _ in range(2))
+    known, place = disc().flip(-1)[None] * 2 - 1, camera_rows(orbit([120]))
+    prior.know(known, place)
+    known_time = min(time, KNOWN_TIME)
+    angle = known_time * math.pi / 2
+    beside = math.cos(angle) * known + math.sin(angle) * torch.randn(1, 4, 64, 64, generator=seeded())
+    three = torch.cat([noisy, beside]), torch.cat([t, torch.tensor([known_time])]), torch.cat([rows, place])
+    for scale in (1.0, 2.0):
+        answer = prior.denoised(noisy, t, rows, scale, is_joint=True)
+        assert torch.allclose(answer, plain.denoised(*three, scale, is_joint=True)[:2], atol=1e-5)
+        assert (answer - plain.denoised(noisy, t, rows, scale, is_joint=True)).abs().max() > 0.01
+        alone = [p.denoised(noisy, t, rows, scale, is_joint=False) for p in (prior, plain)]
+        assert torch.equal(*alone)
+
+
+def test_the_mirrored_picture_stands_where_the_mirror_puts_it(config):
+    prior = ready(config, object_size=1.2)
+    prior.know_mirrored(math.radians(110))
+    pictures, rows, _ = prior._conditioned._known
+    assert torch.allclose(pictures[0], disc().flip(-1) * 2 - 1)
+    expected = camera_rows(reference_camera())[None]
+    expected[0, 0] = math.radians(110)
+    assert torch.allclose(rows, expected)
+    views = [p.sample_views(orbit([90]), 2, generator=seeded()) for p in (prior, ready(config, object_size=1.2))]
+    assert views[0].shape == (1, 4, 64, 64) and not torch.equal(*views)
+    gradients = [
+        p.gradient(disc()[None], orbit([90]), 0.5, seeded()).gradient for p in (prior, ready(config, object_size=1.2))
+    ]
+    assert gradients[0].shape == (1, 4, 64, 64) and not torch.equal(*gradients)
+    prior.set_reference(ReferencePicture(disc(), reference_camera()))
+    assert prior._conditioned._known is None  # another job's picture
 
 
 def test_bfloat16_is_close_to_float32(config):

@@ -56,6 +56,16 @@ def test_frame_with_a_camera_puts_the_object_where_it_says():
     assert float(frame.to_world.points(torch.tensor([0.0, 0, 1]).double())[2] - world_origin[2]) > 0, "+Z stays up"
 
 
+def test_the_worlds_x_axis_is_known_where_the_world_is_the_users():
+    setup, mask = off_center_setup()
+    frame = frame_object(mask, setup, PictureConfig())
+    azimuth = frame.world_azimuth_rad
+    along = frame.to_world.points(torch.tensor([[0, 0, 0], [math.cos(azimuth), math.sin(azimuth), 0]]).double())
+    step = along[1] - along[0]
+    assert step[0] > 0 and step[1:].abs().max() < 1e-7 * step[0]
+    assert frame_object(mask, None, PictureConfig()).world_azimuth_rad is None
+
+
 def test_a_center_far_beside_the_silhouette_gives_its_depth_alone():
     setup, mask = off_center_setup(right=MOST_BESIDE + 0.05)
     frame = frame_object(mask, setup, PictureConfig())

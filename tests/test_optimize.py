@@ -60,6 +60,8 @@ class BallPrior:
     def sample_views(self, cameras, n_steps, scale=None, generator=None, on_step=None, **_):
         return ball_picture(cameras)
 
+    def know_mirrored(self, azimuth_rad): ...
+
     def mirror_errors(self, azimuths_rad):
         return torch.zeros_like(azimuths_rad)  # a ball is the same in every mirror
 

@@ -113,35 +113,6 @@ def test_occupancy_leaves_the_picture_and_saves_evaluations(generator):
     assert counts[1] < counts[0] / 5
 
 
-class Mist:
-    """A fog of one density and color everywhere, both with gradients."""
-
-    aabb = BOX
-
-    def __init__(self) -> None:
-        self.sigma, self.rgb = torch.tensor(0.7, requires_grad=True), torch.tensor([0.2, 0.5, 0.8], requires_grad=True)
-
-    def density_and_color(self, positions):
-        return self.sigma.expand(len(positions)), self.rgb.expand(len(positions), 3)
-
-
-@pytest.mark.parametrize("is_static", [False, True])
-def test_a_kept_shape_answers_for_opacity_but_not_for_color(is_static):
-    origins, directions = orbit_camera(0.3, 0.2, 3.0, math.radians(20), 4).rays()
-    grid = OccupancyGrid(BOX, 8, threshold=0.0)
-    renderings = []
-    for is_kept in (False, True):
-        mist = Mist()
-        rendering = render_rays(mist, origins, directions, 32, grid, None, is_static, is_kept)
-        rendering.rgb.sum().backward(retain_graph=True)
-        assert (mist.sigma.grad is None or mist.sigma.grad == 0) == is_kept
-        assert (mist.rgb.grad > 0).all()
-        rendering.opacities.sum().backward()
-        assert mist.sigma.grad > 0
-        renderings.append(rendering)
-    assert torch.equal(renderings[0].rgb, renderings[1].rgb)
-
-
 def test_an_emptied_cell_fades_out_of_the_grid(generator):
     ball = Ball(radius=0.4)
     grid = OccupancyGrid(BOX, 16, threshold=1.0)

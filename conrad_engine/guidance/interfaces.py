@@ -127,6 +127,10 @@ class ViewSampler(Protocol):
         """How badly the picture, left and right exchanged, fits as the view from azimuths around the reference, at its own
         height and distance: logarithms, up to a constant."""
 
+    def know_mirrored(self, azimuth_rad: float) -> None:
+        """From now on the picture, left and right exchanged, is known to be the view from this azimuth: what is drawn or
+        distilled has to agree with it."""
+
 
 @dataclass(frozen=True)
 class Priors:

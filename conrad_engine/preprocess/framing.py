@@ -68,6 +68,12 @@ class Frame:
     def distance(self) -> float:
         return float(self.camera.positions.norm())
 
+    @property
+    def world_azimuth_rad(self) -> float | None:
+        """Azimuth of the world's x axis; None without a camera file."""
+        x, y, _ = self.to_world.inverse().rotation[:, 0].tolist()
+        return math.atan2(y, x) if self.has_camera else None
+
 
 def silhouette_bounds(camera: Camera, mask: np.ndarray, target: Tensor) -> tuple[Camera, Tensor, Tensor]:
     """The silhouette's box in the view that looks straight at `target`.

@@ -81,7 +81,6 @@ def render_rays(
     occupancy: OccupancyGrid | None = None,
     jitter: Float[Tensor, "n 1"] | None = None,
     is_static: bool = False,
-    is_shape_kept: bool = False,
 ) -> Rendering:
     """Render rays with gradients to the field.
 
@@ -90,7 +89,6 @@ def render_rays(
         jitter: See `sample_rays`.
         is_static: Evaluate the samples in empty cells, too, and leave them out afterwards. That costs more on a processor,
             but shapes depend on no values, so that the work can be captured in a CUDA graph.
-        is_shape_kept: Let colors be answered by colors alone: `rgb` has no gradient to densities.
     """
     t_starts, steps = sample_rays(origins, directions, field.aabb, n_samples, jitter)
     positions = origins[:, None] + (t_starts + steps / 2)[..., None] * directions[:, None]
@@ -100,15 +98,13 @@ def render_rays(
         if occupancy is not None:
             densities = torch.where(occupancy.contains(positions) & (steps > 0), densities, 0.0)
         weights, _ = render_weights(densities, steps)
-        shares = weights.detach() if is_shape_kept else weights
-        rgb = (shares[..., None] * colors.view(*t_starts.shape, 3)).sum(1)
+        rgb = (weights[..., None] * colors.view(*t_starts.shape, 3)).sum(1)
         return Rendering(rgb, weights.sum(-1), weights, t_starts, steps)
     ray, sample = torch.nonzero(occupancy.contains(positions) & (steps > 0), as_tuple=True)
     found, colors = field.density_and_color(positions[ray, sample])
     densities = torch.zeros_like(t_starts).index_put((ray, sample), found)
     weights, _ = render_weights(densities, steps)
-    shares = weights.detach() if is_shape_kept else weights
-    rgb = torch.zeros_like(origins).index_add(0, ray, shares[ray, sample, None] * colors)
+    rgb = torch.zeros_like(origins).index_add(0, ray, weights[ray, sample, None] * colors)
     return Rendering(rgb, weights.sum(-1), weights, t_starts, steps)
 
 

@@ -63,8 +63,8 @@ def distances_to_clean(own: Float[Tensor, "n 4 h w"], clean: Float[Tensor, "n 4 
     return torch.cat([colors, pull * (own_alpha - alpha)], 1)
 
 
-MIRROR_TIMES = (0.25, 0.4, 0.55, 0.7, 0.85)
-"""Noise times at which `EmbeddedPrior.mirror_errors` asks."""
+MIRROR_TIMES = (0.25, 0.25, 0.55, 0.55, 0.85, 0.85)
+"""Noise times at which `EmbeddedPrior.mirror_errors` asks, each with noise of its own."""
 
 
 class EmbeddedPrior:
@@ -174,6 +174,13 @@ class EmbeddedPrior:
             clean = conditioned.denoised(alpha * picture + sigma * noise, t, rows, 1.0, is_joint=False)
             errors.append((clean - picture).square().mean((1, 2, 3)).log())
         return torch.stack(errors).mean(0)
+
+    def know_mirrored(self, azimuth_rad: float) -> None:
+        """See `ViewSampler.know_mirrored`."""
+        conditioned = self._ready()
+        place = conditioned.reference.camera[:1].clone()
+        place[:, 0] = azimuth_rad
+        conditioned.know(conditioned.pictures.flip(-1), place)
 
     def sample_views(
         self,

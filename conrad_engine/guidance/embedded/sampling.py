@@ -13,6 +13,8 @@ from .unet import Group, Reference, ViewPrior, alpha_sigma
 
 AGREED_UNTIL = 0.6
 """Noise time down to which several drafts of the same views are drawn and averaged."""
+KNOWN_TIME = 0.3
+"""Noise time of known views among targets that are noisier: the network has met such neighbors, and hardly any clean ones."""
 
 
 def channels_last(pictures: Tensor) -> Tensor:
@@ -37,6 +39,7 @@ class ConditionedPrior:
     ) -> None:
         """Take the reference pictures, premultiplied RGBA in [-1, 1]; `cast` is the precision to compute in."""
         self.net, self.pictures, self.cast = net, pictures, cast
+        self._known: tuple[Tensor, Tensor, Tensor] | None = None
         absent = reference._replace(is_present=torch.zeros_like(reference.is_present))
         # Rows: all references, then the same ones with the picture dropped.
         self.reference = Reference(*(torch.cat(pair) for pair in zip(reference, absent)))
@@ -46,6 +49,16 @@ class ConditionedPrior:
     @property
     def n_references(self) -> int:
         return len(self.reference.camera) // 2
+
+    def know(self, pictures: Float[Tensor, "k 4 h w"], cameras: Float[Tensor, "k 4"]) -> None:
+        """Further true views of the one object: targets that see each other also see these, with a little noise on them.
+
+        Args:
+            pictures: Premultiplied RGBA in [-1, 1].
+        """
+        assert self.n_references == 1
+        noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0)).to(pictures)
+        self._known = pictures, cameras, noise
 
     @torch.no_grad()
     def denoised(
@@ -63,6 +76,19 @@ class ConditionedPrior:
             scale: 1 is no guidance (and costs half).
             is_joint: Whether targets of one reference see each other.
         """
+        if is_joint and self._known is not None:
+            pictures, places, noise = self._known
+            known_t = t[:1].clamp(max=KNOWN_TIME).expand(len(pictures))
+            alpha, sigma = alpha_sigma(known_t)
+            beside = (
+                torch.cat([noisy, alpha * pictures + sigma * noise]),
+                torch.cat([t, known_t]),
+                torch.cat([cameras, places]),
+            )
+            return self._denoised(*beside, scale, is_joint)[: len(noisy)]
+        return self._denoised(noisy, t, cameras, scale, is_joint)
+
+    def _denoised(self, noisy: Tensor, t: Tensor, cameras: Tensor, scale: float, is_joint: bool) -> Tensor:
         r = self.n_references
         n_targets = len(noisy) // r
         if scale == 1:
