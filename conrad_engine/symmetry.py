@@ -41,7 +41,7 @@ LEAST_CONTRAST, MOST_DENIED_AXIS, LEAST_ALIKE = 0.05, 0.04, 0.5
 """What a plane along one of the world's axes needs: an error below the usual, so much further below than the other axis, less
 that is denied, and a hull so much like its mirror image."""
 SNAP_DEG = 4.5
-"""A plane is moved to one of the world's axes from so near, if the prior's error there is not larger by `LEAST_DIP`."""
+"""A plane is moved to one of the world's axes from so near: the lowest error may be as far off as that."""
 SILHOUETTE_PX = 64
 """Longer side of the picture's silhouette in the hull: as much as drawn views have."""
 
@@ -77,15 +77,14 @@ def find_plane(
     axes = (
         np.array([]) if world_azimuth_rad is None else (math.degrees(world_azimuth_rad) + np.array([0.0, 90.0])) % 180
     )
-    axis_errors = mirror_errors(sampler, axes) if len(axes) else axes
     found = _deepest(angles, errors, hull)
     if found is not None:
-        angle, error = _refined(angles[found], sampler), errors[found]
-        for axis, axis_error in zip(axes, axis_errors):
-            if abs((axis - angle + 90) % 180 - 90) < SNAP_DEG and axis_error < error + LEAST_DIP:
+        angle = _refined(angles[found], sampler)
+        for axis in axes:
+            if abs((axis - angle + 90) % 180 - 90) < SNAP_DEG:
                 angle = axis
     elif len(axes):
-        angle = _along_an_axis(axes, axis_errors - np.median(errors), hull)
+        angle = _along_an_axis(axes, mirror_errors(sampler, axes) - np.median(errors), hull)
     else:
         angle = None
     if angle is None or not is_new(np.array([angle]))[0]:
