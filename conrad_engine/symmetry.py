@@ -30,13 +30,15 @@ LEAST_DIP = 0.12
 """By how much, at both ends of that window (logarithm of its error)."""
 MOST_DENIED = 0.1
 """Part of the drawn silhouettes that the mirrored one may leave no room for: where it is more, the two tell of other shapes."""
-MOST_ABOVE = 0.2
-"""Error above the least of all angles up to which a dip counts: a box is a little alike about its diagonals, too."""
+MOST_ABOVE = 0.3
+"""Error over what is usual at an angle, above the least of all, up to which a dip counts: a box is a little alike about its
+diagonals, too."""
 LEAST_TURN_DEG, MOST_TURN_DEG = 6.0, 80.0
 """Angles between plane and line of sight from which on the mirrored picture says something new, and up to which it may be
 taken for the other side: beyond, it is the face of a head on its back, which the prior does not find strange enough."""
 USUAL_TURNS_DEG, USUAL_ERRORS = (0, 9, 18, 27, 45, 63, 90), (0.44, 0.245, 0.116, 0.061, -0.018, -0.077, -0.105)
-"""The prior's error, over its median for a picture, at any angle between plane and line of sight: means over 200 objects."""
+"""The prior's error, over its median for a picture, at any angle between plane and line of sight: means over 200 objects. It
+takes a face for a likelier back than side."""
 LEAST_CONTRAST, MOST_DENIED_AXIS, LEAST_ALIKE = 0.05, 0.04, 0.5
 """What a plane along one of the world's axes needs: an error below the usual, so much further below than the other axis, less
 that is denied, and a hull so much like its mirror image."""
@@ -59,8 +61,8 @@ def find_plane(
 
     As a function of the plane's angle the prior's error for the mirrored picture falls by a tenth and more, within ten degrees,
     where it is right (cf. ID-Pose, arXiv:2306.17140, for the cameras of several pictures); but it may fall elsewhere, too. Of
-    such angles, the one counts whose hull, of the views and both pictures, is most like its own mirror image. If there is none,
-    one of the world's axes may do, along which most things stand in a scene.
+    such angles, the one counts whose hull, of the views and both pictures, is most like its own mirror image, if its error is
+    as low. If there is none, one of the world's axes may do, along which most things stand in a scene.
 
     Args:
         view: The picture.
@@ -98,12 +100,13 @@ def _deepest(angles: np.ndarray, errors: np.ndarray, hull: _Hull) -> int | None:
     ends = np.minimum(*(nearby(errors, side * np.array([WINDOW - 1, WINDOW])).min(0) for side in (-1, 1)))
     is_lowest = errors <= nearby(errors, np.array([-1, 1])).min(0)
     best, most_alike = None, -math.inf
-    is_low = errors < errors.min() + MOST_ABOVE
+    unusual = errors - usual_errors(angles)
+    is_low = unusual < unusual.min() + MOST_ABOVE
     for index in np.flatnonzero(is_lowest & is_low & is_new(angles) & (ends - errors > LEAST_DIP)):
         denied, alike = hull.beside(math.radians(angles[index]))
         dip = ends[index] - errors[index]
         log.info("a plane at %d degrees: dip %.2f, denied %.3f, alike %.2f", angles[index], dip, denied, alike)
-        alike -= 2 * (errors[index] - errors.min())
+        alike -= unusual[index]
         if denied < MOST_DENIED and alike > most_alike:
             best, most_alike = index, alike
     return best
@@ -118,13 +121,17 @@ def _refined(angle: float, sampler: ViewSampler) -> float:
 
 def _along_an_axis(axes: np.ndarray, errors: np.ndarray, hull: _Hull) -> float | None:
     """The axis that the prior likes clearly better than is usual at its angle, and better than the other one."""
-    unusual = errors - np.interp(turns_deg(axes), USUAL_TURNS_DEG, USUAL_ERRORS)
+    unusual = errors - usual_errors(axes)
     better = int(unusual.argmin())
     if not is_new(axes)[better] or unusual[better] > 0 or unusual.max() - unusual.min() < LEAST_CONTRAST:
         return None
     denied, alike = hull.beside(math.radians(axes[better]))
     log.info("an axis at %d degrees: %.2f, denied %.3f, alike %.2f", axes[better], unusual[better], denied, alike)
     return float(axes[better]) if denied < MOST_DENIED_AXIS and alike > LEAST_ALIKE else None
+
+
+def usual_errors(angles_deg: np.ndarray) -> np.ndarray:
+    return np.interp(turns_deg(angles_deg), USUAL_TURNS_DEG, USUAL_ERRORS)
 
 
 def turns_deg(angles_deg: np.ndarray) -> np.ndarray:
