@@ -76,20 +76,20 @@ def find_plane(
     angles = np.arange(0, 180, STEP_DEG)
     errors = mirror_errors(sampler, angles)
     hull = _Hull(view, opacities, cameras, aabb)
-    axes = (
-        np.array([]) if world_azimuth_rad is None else (math.degrees(world_azimuth_rad) + np.array([0.0, 90.0])) % 180
-    )
+    axes = None
+    if world_azimuth_rad is not None:
+        axes = (math.degrees(world_azimuth_rad) + np.array([0.0, 90.0])) % 180
     found = _deepest(angles, errors, hull)
     if found is not None:
         angle = _refined(angles[found], sampler)
-        for axis in axes:
-            if abs((axis - angle + 90) % 180 - 90) < SNAP_DEG:
-                angle = axis
-    elif len(axes):
+        if axes is not None:
+            near = axes[np.abs((axes - angle + 90) % 180 - 90) < SNAP_DEG]
+            angle = near[0] if len(near) else angle
+    elif axes is not None:
         angle = _along_an_axis(axes, mirror_errors(sampler, axes) - np.median(errors), hull)
     else:
-        angle = None
-    if angle is None or not is_new(np.array([angle]))[0]:
+        return None
+    if angle is None or not is_new(angle):
         return None
     log.info("symmetric about the plane at %.1f degrees", angle)
     return math.radians(angle)
@@ -131,15 +131,16 @@ def _along_an_axis(axes: np.ndarray, errors: np.ndarray, hull: _Hull) -> float |
 
 
 def usual_errors(angles_deg: np.ndarray) -> np.ndarray:
+    """See `USUAL_ERRORS`."""
     return np.interp(turns_deg(angles_deg), USUAL_TURNS_DEG, USUAL_ERRORS)
 
 
-def turns_deg(angles_deg: np.ndarray) -> np.ndarray:
+def turns_deg(angles_deg: np.ndarray | float) -> np.ndarray:
     """Angles, 0 to 90, between planes and the line of sight."""
     return np.minimum(angles_deg % 180, -angles_deg % 180)
 
 
-def is_new(angles_deg: np.ndarray) -> np.ndarray:
+def is_new(angles_deg: np.ndarray | float) -> np.ndarray:
     """Whether the picture in the mirror says something of the other side."""
     return (turns_deg(angles_deg) > LEAST_TURN_DEG) & (turns_deg(angles_deg) < MOST_TURN_DEG)
 

@@ -245,11 +245,11 @@ def _project(camera: Camera, positions: np.ndarray) -> tuple[np.ndarray, np.ndar
 def visibilities(
     mesh: UnwrappedMesh, positions: np.ndarray, normals: np.ndarray, photos: list[Photo], config: MeshConfig
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`visibility` of several photos."""
+    """Weights and places of `visibility` in several photos."""
     found: list[tuple[np.ndarray, np.ndarray]] = []
     is_free = np.ones(len(positions), bool)
     for photo in photos:
-        is_seen, weight, uv = _sight(mesh, positions, normals, photo, config)
+        weight, uv, is_seen = visibility(mesh, positions, normals, photo, config)
         found.append((weight * is_free if photo.is_filler else weight, uv))
         is_free &= ~is_seen
     return found
@@ -262,20 +262,9 @@ def visibility(
     photo: Photo,
     config: MeshConfig,
     z_buffer: int = Z_BUFFER,
-) -> tuple[np.ndarray, np.ndarray]:
-    """How well a photo sees each surface point (n,), 0 to 1, and where it lies in the photo (n, 2), pixels."""
-    return _sight(mesh, positions, normals, photo, config, z_buffer)[1:]
-
-
-def _sight(
-    mesh: UnwrappedMesh,
-    positions: np.ndarray,
-    normals: np.ndarray,
-    photo: Photo,
-    config: MeshConfig,
-    z_buffer: int = Z_BUFFER,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whether a photo sees points at all, be it along the surface; and `visibility`."""
+    """How well a photo sees each surface point (n,), 0 to 1; where it lies in the photo (n, 2), pixels; and whether it is seen
+    at all, be it along the surface."""
     camera = photo.camera.to("cpu", torch.float64)
     uv, z_depths = _project(camera, positions)
     scale = z_buffer / max(camera.width, camera.height)
@@ -300,7 +289,7 @@ def _sight(
     clearance = distance_transform_edt(~is_far_side) if is_far_side.any() else np.full(buffer.shape, band)
     ramp = np.clip(clearance[row, column] / band, 0, 1)
     weight = is_seen * ramp * _smooth_step(facing, config.facing_min, config.facing_min + FACING_BAND)
-    return is_seen & (facing > 0), weight.astype(np.float32), uv
+    return weight.astype(np.float32), uv, is_seen & (facing > 0)
 
 
 def _facing(positions: np.ndarray, normals: np.ndarray, camera: Camera) -> np.ndarray:

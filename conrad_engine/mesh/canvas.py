@@ -67,7 +67,7 @@ class Canvas:
         texels = np.flatnonzero(self.final < 1)
         positions, normals = self.texels.positions[texels], self.texels.normals[texels]
         photo = Photo(camera, rgb, np.ones(rgb.shape[:2], np.float32))
-        weight, uv = visibility(self.shape, positions, normals, photo, self.config, Z_BUFFER)
+        weight, uv, _ = visibility(self.shape, positions, normals, photo, self.config, Z_BUFFER)
         toward = camera.positions.numpy() - positions
         facing = dots(normals, toward) / lengths(toward)
         low, high = FACING_RANGE
