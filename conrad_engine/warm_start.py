@@ -72,18 +72,15 @@ def sample_warm_start(
 ) -> None:
     """Let the prior draw the object from all around, once; the fit to these views gives score distillation its start.
 
-    If they show that the object is symmetric, they are drawn again, beside the picture in the mirror.
+    If the prior takes it for symmetric, they are drawn beside the picture in the mirror.
     """
     assert sampler is not None, "a job with a warm start has someone to draw its views"
     settings = config.optimize
-    cameras = _draw_views(state, sampler, condition, config, monitor)
     if settings.symmetry and state.is_centered and len(state.constrained.views) == 1:
-        view = state.constrained.views[0].picture
-        axis = state.world_azimuth if settings.axis_aligned else None
-        state.plane = find_plane(view, state.sampled[:, 3:], cameras, state.field.aabb, sampler, axis)
+        state.plane = find_plane(sampler, state.world_azimuth if settings.axis_aligned else None)
         if state.plane is not None:
             sampler.know_mirrored(2 * state.plane)
-            cameras = _draw_views(state, sampler, condition, config, monitor)
+    cameras = _draw_views(state, sampler, condition, config, monitor)
     if settings.carve:
         carve(state, cameras)
 

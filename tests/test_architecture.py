@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "mesh": {"cameras"},
     "redraw": {"cameras", "guidance", "mesh"},
     "hull": {"cameras"},
-    "symmetry": {"cameras", "constraint", "guidance", "hull"},
+    "symmetry": {"cameras", "constraint", "guidance"},
     "state": {"adam", "constraint", "fields", "rendering"},
     "warm_start": {"cameras", "constraint", "guidance", "hull", "state", "symmetry"},
     "ranks": set(),

@@ -62,7 +62,7 @@ class BallPrior:
 
     def know_mirrored(self, azimuth_rad): ...
 
-    def mirror_errors(self, azimuths_rad):
+    def mirror_errors(self, azimuths_rad, times):
         return torch.zeros_like(azimuths_rad)  # a ball is the same in every mirror
 
 

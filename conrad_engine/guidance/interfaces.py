@@ -6,7 +6,7 @@ look at the origin and have no roll, so azimuth, elevation, distance and field o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -123,9 +123,9 @@ class ViewSampler(Protocol):
             temperature: Width of the noise.
         """
 
-    def mirror_errors(self, azimuths_rad: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def mirror_errors(self, azimuths_rad: Float[Tensor, " n"], times: Sequence[float]) -> Float[Tensor, " n"]:
         """How badly the picture, left and right exchanged, fits as the view from azimuths around the reference, at its own
-        height and distance: logarithms, up to a constant."""
+        height and distance: logarithms, up to a constant, and their mean over noise times, 0 to 1."""
 
     def know_mirrored(self, azimuth_rad: float) -> None:
         """From now on the picture, left and right exchanged, is known to be the view from this azimuth: what is drawn or

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -61,10 +61,6 @@ def distances_to_clean(own: Float[Tensor, "n 4 h w"], clean: Float[Tensor, "n 4 
     colors = own[:, :3] - torch.where(is_inside, straight * own_alpha, clean[:, :3])
     pull = torch.where(is_inside, 1 + straight.square().sum(1, keepdim=True), 1.0)
     return torch.cat([colors, pull * (own_alpha - alpha)], 1)
-
-
-MIRROR_TIMES = (0.25, 0.25, 0.55, 0.55, 0.85, 0.85)
-"""Noise times at which `EmbeddedPrior.mirror_errors` asks, each with noise of its own."""
 
 
 class EmbeddedPrior:
@@ -159,7 +155,7 @@ class EmbeddedPrior:
         return GuidanceResult(gradient.to(rgba), (small.detach() - clean).square().mean(), clean)
 
     @torch.no_grad()
-    def mirror_errors(self, azimuths_rad: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def mirror_errors(self, azimuths_rad: Float[Tensor, " n"], times: Sequence[float]) -> Float[Tensor, " n"]:
         """See `ViewSampler.mirror_errors`: the error of denoising it, the same noise for all azimuths."""
         conditioned = self._ready()
         picture = conditioned.pictures.flip(-1)
@@ -167,7 +163,7 @@ class EmbeddedPrior:
         rows = conditioned.reference.camera[:1].repeat(len(azimuths_rad), 1)
         rows[:, 0] = azimuths_rad
         generator, errors = torch.Generator().manual_seed(0), []
-        for time in MIRROR_TIMES:
+        for time in times:
             noise = torch.randn(picture.shape, generator=generator).to(self.device)
             t = torch.full_like(azimuths_rad, time)
             alpha, sigma = alpha_sigma(t)
