@@ -201,8 +201,8 @@ class OptimizeConfig:
     """Where the object is found to be symmetric (`symmetry.py`), the mirrored picture shows its other side. Needs the object's
     center, from the camera file; not with several pictures."""
     axis_aligned: bool = True
-    """The thing stands square to the axes of the world that the camera is in, as most do: the likelier one of these is its plane
-    of symmetry, unless the prior sees one far from them."""
+    """The thing stands square to the axes of the world that the camera is in, as most do: the likelier one is its plane of
+    symmetry, unless the prior sees one far from them."""
     entropy_weight: float = 0.02
     """Pushes the opacity of pixels to 0 or 1."""
     smooth_weight: float = 1e-3
