@@ -76,6 +76,7 @@ def sample_warm_start(
     """
     assert sampler is not None, "a job with a warm start has someone to draw its views"
     settings = config.optimize
+    _sampling_step(0, settings.warm_start_sampling, monitor)  # looking for a plane takes some seconds of a processor
     if settings.symmetry and state.is_centered and len(state.constrained.views) == 1:
         state.plane = find_plane(sampler, state.world_azimuth if settings.axis_aligned else None)
         if state.plane is not None:
@@ -94,7 +95,7 @@ def _draw_views(
         state.half_frame = half_frame
         cameras = ring_cameras(condition, settings.warm_start_views, half_frame, config.render.size)
         cameras = cameras.to(state.device)
-        monitor.progress(Progress("warm_start", 0, settings.warm_start_sampling))
+        _sampling_step(0, settings.warm_start_sampling, monitor)
         state.sampled = sampler.sample_views(
             cameras,
             n_steps=settings.warm_start_sampling,
