@@ -52,7 +52,7 @@ BACK_PICTURE = 256
 COLOR_REACH = 0.02
 """Distance of the neighbors whose colors are averaged, object frame: about a cell of the field."""
 N_YAWS = 16
-"""Boxes whose middles make an object's: it is not known which way it faces."""
+"""Boxes whose middles make an object's where it is not known which way it faces."""
 COLOR_OFFSETS = [(float(x), float(y), float(z)) for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1)]
 
 
@@ -116,8 +116,10 @@ def finish(
         mesh, level = surface_mesh(full, view, initial, config.mesh, may_move, view_pixel(state, config))
         at_stoppable("texture")
         textured = texture_mesh(full, photos, mesh, config.mesh)
-        if may_move:
-            textured = centered(textured, frame.camera)
+        # Where a mirrored picture had a say, the surface is as deep as the two views tell.
+        if may_move and state.plane is None:
+            azimuth = state.world_azimuth if config.optimize.axis_aligned else None
+            textured = centered(textured, frame.camera, azimuth)
         if model is not None:
             on_view = lambda index: at_stoppable(f"view {index}")  # noqa: E731
             textured = with_detail(textured, photos, prepared, frame, config, model.result(), on_view)
@@ -208,26 +210,35 @@ def photos_of(view: ReferenceView, plane: float | None) -> list[Photo]:
     ]
 
 
-def centered(mesh: TexturedMesh, camera: Camera) -> TexturedMesh:
+def centered(mesh: TexturedMesh, camera: Camera, world_azimuth_rad: float | None = None) -> TexturedMesh:
     """The mesh in the object frame, scaled from the reference camera until its middle is as deep as the origin.
 
     The picture is the same from there whatever the scale, so it says nothing of how far away its object is; the user's object
     center does, and the prior, whose views are all of things around the origin, is not always held to it by what it drew.
+
+    Args:
+        world_azimuth_rad: See `upright_middle`.
     """
     camera = camera.to("cpu", torch.float64)
-    points = torch.from_numpy(np.stack([upright_middle(mesh.vertices), np.zeros(3)]))
+    points = torch.from_numpy(np.stack([upright_middle(mesh.vertices, world_azimuth_rad), np.zeros(3)]))
     middle, origin = camera.project(points)[1].tolist()
     position = camera.positions.numpy()
     vertices = position + (mesh.vertices - position) * (origin / middle)
     return replace(mesh, vertices=vertices.astype(np.float32))
 
 
-def upright_middle(vertices: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "3"]:
-    """The mean middle of the vertices' upright bounding boxes of all directions, float64."""
-    yaws = np.arange(N_YAWS) * (math.pi / 2 / N_YAWS)
+def upright_middle(
+    vertices: Float[np.ndarray, "n 3"], world_azimuth_rad: float | None = None
+) -> Float[np.ndarray, "3"]:
+    """The middle of the vertices' upright bounding box, float64.
+
+    Args:
+        world_azimuth_rad: Of one of the box's level axes; None takes the mean of the boxes of all directions.
+    """
+    yaws = np.arange(N_YAWS) * (math.pi / 2 / N_YAWS) if world_azimuth_rad is None else np.array([world_azimuth_rad])
     axes = np.stack([np.stack([np.cos(yaws), np.sin(yaws)], 1), np.stack([-np.sin(yaws), np.cos(yaws)], 1)], 1)
     along = vertices[:, :2].astype(np.float64) @ axes.reshape(-1, 2).T
-    middles = ((along.min(0) + along.max(0)) / 2).reshape(N_YAWS, 2)
+    middles = ((along.min(0) + along.max(0)) / 2).reshape(len(yaws), 2)
     level = (vertices[:, 2].min() + vertices[:, 2].max()) / 2
     return np.array([*np.einsum("yk,ykc->yc", middles, axes).mean(0), level])
 

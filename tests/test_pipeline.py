@@ -140,14 +140,41 @@ def test_the_middle_of_a_box_does_not_depend_on_where_it_faces():
         cos, sin = math.cos(yaw), math.sin(yaw)
         turned = box @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]]) + [5, 6, 7]
         expected = np.array([1 * cos - 0.25 * sin, 1 * sin + 0.25 * cos, 1]) + [5, 6, 7]
-        assert np.abs(finish.upright_middle(turned) - expected).max() < 1e-6
+        for azimuth_rad in (None, yaw, yaw + math.pi / 2):
+            assert np.abs(finish.upright_middle(turned, azimuth_rad) - expected).max() < 1e-6
 
 
-@pytest.mark.parametrize("told", ("nothing", "not to", "metric depth", "start mesh"))
+def test_the_middle_of_what_is_no_box_is_that_of_its_box_along_the_given_axes():
+    wedge = np.array([[0.0, 0, 0], [2, 0, 0], [0, 1, 0], [0, 0, 4]])
+    for yaw in (0.0, 0.3, 2.0):
+        cos, sin = math.cos(yaw), math.sin(yaw)
+        turned = wedge @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+        expected = np.array([1 * cos - 0.5 * sin, 1 * sin + 0.5 * cos, 2])
+        assert np.abs(finish.upright_middle(turned, yaw) - expected).max() < 1e-6
+        assert np.abs(finish.upright_middle(turned) - expected).max() > 0.05
+
+
+def test_the_middle_is_that_of_the_box_along_the_worlds_axes(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(finish, "centered", lambda mesh, camera, azimuth_rad: asked.append(azimuth_rad) or mesh)
+    camera = CameraSetup(orbit_camera(0.7, 0.3, 5.0, 0.8, 96), torch.zeros(3)).to_json()
+    camera |= {"width": 160, "height": 192, "intrinsics": [200, 200, 80, 96]}
+    for index, settings in enumerate(({}, {"optimize.axis_aligned": False})):
+        pipeline.generate(toy_job(camera=camera, settings=settings | {"mesh.detail_views": 0}), tmp_path / str(index))
+    assert asked[0] % (math.pi / 2) == pytest.approx(-0.7 % (math.pi / 2), abs=1e-4), (
+        "the camera's azimuth is 0 in the frame"
+    )
+    assert asked[1] is None, "the thing stands anyhow"
+
+
+@pytest.mark.parametrize("told", ("nothing", "not to", "metric depth", "start mesh", "mirrored picture"))
 def test_a_job_centers_its_mesh_unless_something_says_how_deep_it_lies(tmp_path, monkeypatch, finished, told):
     moved = []
-    monkeypatch.setattr(finish, "centered", lambda mesh, camera: moved.append(camera) or mesh)
+    monkeypatch.setattr(finish, "centered", lambda mesh, *about: moved.append(about) or mesh)
     changes = {"depth_kind": "metric"}  # of no depth map
+    if told == "mirrored picture":
+        first_state = pipeline._first_state
+        monkeypatch.setattr(pipeline, "_first_state", lambda *about: replace(first_state(*about), plane=0.5))
     if told == "metric depth":
         changes["depth"] = tmp_path / "depth.npy"
         np.save(changes["depth"], np.linspace(2.9, 3.1, 192 * 160, dtype=np.float32).reshape(192, 160))
