@@ -94,12 +94,13 @@ def straight_lines(
             tries = rng.integers(len(points), size=(N_TRIES, 2))
             ways = points[tries[:, 1]] - points[tries[:, 0]]
             far = np.hypot(*ways.T) >= least_length / 2
-            runs = [_run(points, halves, points[a], way, deep) for (a, _), way in zip(tries[far], ways[far])]
-            run = max(runs, key=len, default=())
+            run = np.zeros(0, int)
+            for (a, _), way in zip(tries[far], ways[far]):
+                run = max(run, _run(points, halves, points[a], way, deep, len(run)), key=len)
             if len(run) < least_length / 2:
                 break
             for _ in range(2):
-                run = max(run, _run(points, halves, *_middle_and_way(points[run]), deep), key=len)
+                run = max(run, _run(points, halves, *_middle_and_way(points[run]), deep, len(run)), key=len)
             line = _line(points[run], halves[run])
             along, across = line.coordinates(points)
             used = (across <= np.maximum(halves, 2)) & (along >= -1) & (along <= line.length + 1)
@@ -117,15 +118,22 @@ def _middle_and_way(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return middle, np.linalg.svd(points - middle, full_matrices=False)[2][0]
 
 
-def _run(points: np.ndarray, halves: np.ndarray, origin: np.ndarray, way: np.ndarray, deep: np.ndarray) -> np.ndarray:
-    """Indices of the longest run of points along a line, unbroken but where other parts of the mask hide it."""
+def _run(
+    points: np.ndarray, halves: np.ndarray, origin: np.ndarray, way: np.ndarray, deep: np.ndarray, n_least: int
+) -> np.ndarray:
+    """Indices of the longest run of points along a line, unbroken but where other parts of the mask hide it.
+
+    Most lines that are tried have few points near them: those with `n_least` or less are not looked at any closer.
+    """
     way = way / np.linalg.norm(way)
     rest = points - origin
     beside = np.abs(rest[:, 0] * way[1] - rest[:, 1] * way[0])
     near = np.flatnonzero(beside <= np.maximum(0.4 * halves, 1.2))
+    if len(near) <= n_least:
+        return near[:0]
     near = near[np.abs(halves[near] / np.median(halves[near]) - 1) <= SAME_WIDTH]  # no knobs
-    if not len(near):
-        return near
+    if len(near) <= n_least:
+        return near[:0]
     along = rest[near] @ way
     near, along = near[np.argsort(along)], np.sort(along)
     steps = np.diff(along)
