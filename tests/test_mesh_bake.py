@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import binary_erosion, gaussian_filter
+from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
 from conrad_engine.config import MeshConfig
 from conrad_engine.evaluation.metrics import psnr
@@ -176,6 +176,22 @@ def test_a_filler_shows_only_what_no_other_photo_does():
     # What the filler is painted over is not redrawn either.
     visible = visibilities(*(lambda m: (m, m.vertices, m.normals))(unwrap(mesh, CONFIG)), photos, CONFIG)
     assert max((a + b).max() for (a, _), (b, _) in [visible]) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("is_filler", (False, True))
+def test_what_lies_at_the_outline_of_a_filler_is_not_drawn_out(is_filler):
+    mesh, beside = sphere_mesh(0.5), camera(120.0, 0.0, 512)
+    outline = photo_of(mesh, beside, np.zeros((512, 512, 3), np.float32))
+    depth = distance_transform_edt(outline.mask > 0.5)
+    rgb = np.where((depth < 4)[..., None], 0.0, [0.8, 0.2, 0.2]).astype(np.float32)
+    photos = [
+        photo_of(mesh, camera(0.0, 0.0, 512), np.full((512, 512, 3), 0.4, np.float32)),
+        replace(photo_of(mesh, beside, rgb), is_filler=is_filler),
+    ]
+    textured = bake_texture(unwrap(mesh, CONFIG), plain(torch.tensor([0.6, 0.5, 0.4])), photos, CONFIG)
+    seen = render_mesh(textured, camera(215.0, 0.0, 128))
+    darkest = seen[seen[..., 3] > 0.99][:, 0].min()
+    assert darkest > 0.35 if is_filler else darkest < 0.1
 
 
 def test_without_a_photo_the_field_colors_all():

@@ -116,6 +116,13 @@ def test_a_mask_overrides_alpha() -> None:
     np.testing.assert_array_equal(prepared.mask, given.astype(np.float32))
 
 
+def test_glass_is_solid_in_a_mask_too() -> None:
+    in_front = png(np.full((256, 256, 3), 120, np.uint8))
+    opaque, glass = (prepare_picture(in_front, CONFIG, mask=disc_alpha(opacity)) for opacity in (1.0, 0.51))
+    np.testing.assert_array_equal(opaque.mask, disc_alpha(1.0) / np.float32(255))
+    assert np.abs(glass.mask - opaque.mask).max() < 0.06
+
+
 def as_files(mask: np.ndarray) -> dict[str, object]:
     levels = (mask * 255).astype(np.uint8)
     in_alpha = np.dstack([levels * 0, levels * 0, levels * 0, levels])

@@ -27,6 +27,9 @@ Z_BUFFER = 1024
 """Pixels along the longer side of the visibility test."""
 FACING_BAND = 0.06
 """Cosine range over which the photo fades in above `MeshConfig.facing_min`."""
+FILLER_FACING = 0.2, 0.5
+"""The same of a filler. A photo is shown up to its outline, as its camera sees it; nobody asks that of a guess, and what lies
+at its outline would only be drawn out into streaks."""
 TRUSTED = 0.1, 0.3
 """Cosines between which a photo's colors begin to be continued past its end: where the surface turns away, they are those of an
 outline or a highlight, some pixels wide, and would be drawn out into patches."""
@@ -288,7 +291,8 @@ def visibility(
     band = max(1.0, config.band_px / 8 * z_buffer / 512)
     clearance = distance_transform_edt(~is_far_side) if is_far_side.any() else np.full(buffer.shape, band)
     ramp = np.clip(clearance[row, column] / band, 0, 1)
-    weight = is_seen * ramp * _smooth_step(facing, config.facing_min, config.facing_min + FACING_BAND)
+    fades = FILLER_FACING if photo.is_filler else (config.facing_min, config.facing_min + FACING_BAND)
+    weight = is_seen * ramp * _smooth_step(facing, *fades)
     return weight.astype(np.float32), uv, is_seen & (facing > 0)
 
 

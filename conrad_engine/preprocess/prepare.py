@@ -171,7 +171,7 @@ def _read_mask(source: Source | ndarray, height: int, width: int, config: Pictur
     )
     if (values > 0.5).sum() < MIN_OBJECT_PIXELS:
         raise InputError("the mask is empty: paint the object white and the background black")
-    return values
+    return _solid(values)
 
 
 def _mask_levels(values: ndarray) -> Mask:
