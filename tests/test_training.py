@@ -242,6 +242,7 @@ def log_of(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # 362 s on two slow cores
 def test_training_writes_weights_and_resumes(rendered, tmp_path):
     train.main(train_arguments(rendered, tmp_path, 1.0))
     first = log_of(tmp_path)
@@ -260,6 +261,7 @@ def test_training_writes_weights_and_resumes(rendered, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_processes_train_together(rendered, tmp_path, torchrun):
     torchrun("conrad_engine.training.train", train_arguments(rendered, tmp_path, 1.0))
     log = log_of(tmp_path)
