@@ -202,7 +202,7 @@ class OptimizeConfig:
     center, from the camera file; not with several pictures."""
     axis_aligned: bool = True
     """The thing stands square to the axes of the world that the camera is in, as most do: the likelier one is its plane of
-    symmetry, unless the prior sees one far from them."""
+    symmetry, unless the prior sees one far from them, and the thing's box lies along them (`mesh.centered`)."""
     entropy_weight: float = 0.02
     """Pushes the opacity of pixels to 0 or 1."""
     smooth_weight: float = 1e-3
@@ -269,7 +269,7 @@ class MeshConfig:
     centered: bool = True
     """Scales the finished mesh from the reference camera, which does not see it, until its middle is as deep as the object's
     center; parts that came out before or behind what they touch in the picture are brought beside it first. Not where a
-    metric depth map or an initial mesh says how deep it lies."""
+    metric depth map or an initial mesh says how deep it lies; a mesh that a mirrored picture helped to form is not scaled."""
     detail_views: int = 10
     """Views around the finished mesh whose blurred parts are redrawn with detail and painted on the texture, whatever the
     guidance was; 0 leaves the texture as the field has it. Not with `project_only`, nor where the picture is only a loss."""
