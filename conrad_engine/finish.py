@@ -132,13 +132,15 @@ def finish(
         files = threads.submit(write_other_files, moved, folder, name)
         drawing = start_drawing(threads, moved, setup, frame, seen.camera, config.mesh, folder)
         write_json(folder / "camera.json", setup.to_json())
+        back = threads.submit(back_measures, textured, view)
+        shape = threads.submit(topology, textured.vertices, textured.faces)
         trained, field_picture = field_pictures.result()
         numbers = {
             "level": level,
             **({} if state.plane is None else {"plane_deg": math.degrees(state.plane)}),
             **reference_measures(state, measured, seen, trained, field_picture, textured),
-            **back_measures(textured, view),
-            **topology(textured.vertices, textured.faces),
+            **back.result(),
+            **shape.result(),
         }
         files.result()
         at("pictures")

@@ -26,9 +26,10 @@ LEAST_TURN_DEG, MOST_TURN_DEG = 6.0, 80.0
 """Angles between plane and line of sight from which on the mirrored picture says something new, and up to which it may be
 taken for the other side: beyond, it is the face of a head on its back, which the prior does not find strange enough."""
 
-AXIS_TIMES = (0.85,) * 16
-COARSE_TIMES, COARSE_STEP_DEG = (0.85,) * 6, 6.0
-"""Noise times at which the prior is asked about where a plane is: much noise leaves nothing but the layout."""
+AXIS_TIMES = (0.85,) * 8
+COARSE_TIMES, COARSE_STEP_DEG = (0.85,) * 4, 12.0
+"""Noise times at which the prior is asked about where a plane is: much noise leaves nothing but the layout. Twice as many draws
+of noise give no better answers where there are axes to go by, half as many angles no worse ones."""
 USUAL_TURNS_DEG = (0, 6, 12, 18, 24, 36, 48, 60, 78, 90)
 USUAL_ERRORS = (0.70, 0.45, 0.24, 0.14, 0.08, -0.01, -0.08, -0.10, -0.17, -0.20)
 """Its error then, over the median for a picture, at any angle between plane and line of sight: means over 300 objects. It
@@ -37,7 +38,7 @@ LEAST_ADVANTAGE, MOST_OFF_AXIS_DEG = 0.6, 30.0
 """A thing does not stand square if the error at some angle is so much less than at the likelier axis; nor if the angle of the
 least error is far from both axes."""
 
-FINE_TIMES, FINE_STEP_DEG = (0.25, 0.25, 0.55, 0.55, 0.85, 0.85), 3.0
+FINE_TIMES, FINE_STEP_DEG = (0.25, 0.55, 0.85), 3.0
 """Noise times at which it is asked where exactly: little noise leaves narrow dips."""
 REACH, WINDOW = 5, 4
 """Steps from a guess up to which there may be a dip, and from a dip up to where the error must be higher again."""
@@ -64,7 +65,8 @@ def find_plane(sampler: ViewSampler, world_azimuth_rad: float | None = None) -> 
         Azimuth of its normal (radians); 0 is across the reference's line of sight.
     """
     all_around = np.arange(0, 180, COARSE_STEP_DEG)
-    guess, error = likeliest(sampler, all_around[is_new(all_around)], COARSE_TIMES)
+    n_draws = 2 if world_azimuth_rad is None else 1  # the prior alone must find it
+    guess, error = likeliest(sampler, all_around[is_new(all_around)], COARSE_TIMES * n_draws)
     is_square = False
     if world_azimuth_rad is not None:
         axes = (math.degrees(world_azimuth_rad) + np.array([0.0, 90.0])) % 180
@@ -75,7 +77,7 @@ def find_plane(sampler: ViewSampler, world_azimuth_rad: float | None = None) -> 
         guess = axis if is_square else guess
     if is_square and not is_new(guess):
         return None
-    dip = dip_near(sampler, guess)
+    dip = dip_near(sampler, guess, FINE_TIMES * n_draws)
     angle = guess if is_square and (dip is None or off_deg(dip, guess) < SNAP_DEG) else dip
     if angle is None or not is_new(angle):
         return None
@@ -89,11 +91,11 @@ def likeliest(sampler: ViewSampler, angles_deg: np.ndarray, times: Sequence[floa
     return float(angles_deg[unusual.argmin()]), float(unusual.min())
 
 
-def dip_near(sampler: ViewSampler, guess_deg: float) -> float | None:
+def dip_near(sampler: ViewSampler, guess_deg: float, times: Sequence[float]) -> float | None:
     """The angle (degrees) where the prior's error dips deepest around a guess."""
     reach = REACH + WINDOW
     angles = guess_deg + np.arange(-reach, reach + 1) * FINE_STEP_DEG
-    errors = mirror_errors(sampler, angles, FINE_TIMES)
+    errors = mirror_errors(sampler, angles, times)
     depths = {}
     for k in range(WINDOW, len(angles) - WINDOW):
         before, after = errors[k - WINDOW : k - WINDOW + 2].min(), errors[k + WINDOW - 1 : k + WINDOW + 1].min()
@@ -104,7 +106,7 @@ def dip_near(sampler: ViewSampler, guess_deg: float) -> float | None:
         return None
     # The lowest point of a parabola through the errors around it.
     steps = np.arange(-2, 3) * (FINE_STEP_DEG / 2)
-    curve = np.polyfit(steps, mirror_errors(sampler, angles[deepest] + steps, FINE_TIMES), 2)
+    curve = np.polyfit(steps, mirror_errors(sampler, angles[deepest] + steps, times), 2)
     lowest = np.clip(-curve[1] / (2 * curve[0]), -FINE_STEP_DEG, FINE_STEP_DEG) if curve[0] > 0 else 0.0
     return float(angles[deepest] + lowest)
 

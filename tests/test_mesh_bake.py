@@ -11,7 +11,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filte
 from conrad_engine.config import MeshConfig
 from conrad_engine.evaluation.metrics import psnr
 from conrad_engine.mesh import bake
-from conrad_engine.mesh.bake import Photo, bake_texture, visibilities
+from conrad_engine.mesh.bake import Photo, bake_texture, depth_map, visibilities
 from conrad_engine.mesh.blend import SEAM_FADE, complete_colors
 from conrad_engine.mesh.extract import extract_mesh
 from conrad_engine.mesh.mesh import Mesh
@@ -174,7 +174,9 @@ def test_a_filler_shows_only_what_no_other_photo_does():
     assert (difference[front[0][..., 3] > 0.99] > 0.02).mean() < 0.02
     assert render_mesh(both, camera(110.0, 0.0, 64))[32, 32, :3] == pytest.approx([0.8, 0.2, 0.2], abs=0.02)
     # What the filler is painted over is not redrawn either.
-    visible = visibilities(*(lambda m: (m, m.vertices, m.normals))(unwrap(mesh, CONFIG)), photos, CONFIG)
+    unwrapped = unwrap(mesh, CONFIG)
+    depth_maps = [depth_map(unwrapped, photo.camera) for photo in photos]
+    visible = visibilities(depth_maps, unwrapped.vertices, unwrapped.normals, photos, CONFIG)
     assert max((a + b).max() for (a, _), (b, _) in [visible]) <= 1 + 1e-6
 
 

@@ -27,7 +27,7 @@ from conrad_engine.guidance.interfaces import GuidanceResult, Priors, ReferenceP
 from conrad_engine.monitor import Monitor
 from conrad_engine.preprocess.framing import frame_object
 from conrad_engine.state import make_state
-from conrad_engine.symmetry import dip_near, find_plane, mirrored_view, off_deg, usual_errors
+from conrad_engine.symmetry import FINE_TIMES, dip_near, find_plane, mirrored_view, off_deg, usual_errors
 from conrad_engine.training import raster
 from conrad_engine.warm_start import sample_warm_start
 
@@ -178,7 +178,7 @@ def test_the_shipped_prior_sees_the_plane_of_a_chair(azimuth_deg):
     rgba[..., :3] *= rgba[..., 3:]
     prior = EmbeddedPrior(EmbeddedPriorConfig(), "cpu")
     prior.set_reference(ReferencePicture(torch.from_numpy(rgba).permute(2, 0, 1), camera, object_size=1.1))
-    found = dip_near(prior, azimuth_deg + 8)
+    found = dip_near(prior, azimuth_deg + 8, FINE_TIMES)
     assert found is not None and off_deg(found, azimuth_deg) < 3
 
 

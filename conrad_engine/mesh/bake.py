@@ -7,7 +7,9 @@ sees well continues the photos' colors; see `blend`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -85,28 +87,34 @@ def bake_texture(
         photos: Pictures with their cameras, in the mesh's world.
     """
     size, whole = config.texture_size, mesh
-    mesh = _subdivided(mesh)
-    texels = surface_texels(mesh, size)
-    spacing = texel_length(mesh, size)
-    visible = visibilities(mesh, texels.positions, texels.normals, photos, config)
-    photo, weight = _mixed([photo.rgb for photo in photos], photos, visible, len(texels.positions), spacing)
-    # The rest are the photo's alone: what the field would say there is slow to ask.
-    rest = np.flatnonzero(weight < 1)
-    field = _field_colors(texels.positions[rest], color)
-    base = field + _change_at_texels(mesh, texels.faces[rest], texels.barycentric[rest], field, color, photos, config)
-    colors, share = photo.copy(), weight[rest, None]
-    colors[rest] = share * photo[rest] + (1 - share) * base
-    texture = as_texture(colors, texels)
-    missing_of = [_comparison(whole, photo, spacing) for photo in photos]
-    for _ in range(N_CORRECTIONS if photos else 0):
-        change, _ = _mixed([missing(texture) for missing in missing_of], photos, visible, len(colors), spacing)
-        # Where a photo fades, its camera is meant to see something else.
-        colors = np.where(weight[:, None] > 0.999, colors + change, colors).clip(0, 1)
-        texture = as_texture(colors, texels)
+    spacing = texel_length(whole, size)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        mapped = threads.map(partial(depth_map, whole), [photo.camera for photo in photos])
+        compared = threads.map(partial(_comparison, whole, spacing), photos)
+        mesh = _subdivided(whole)
+        texels, depth_maps = surface_texels(mesh, size), list(mapped)
+        visible = visibilities(depth_maps, texels.positions, texels.normals, photos, config)
+        photo, weight = _mixed([photo.rgb for photo in photos], photos, visible, len(texels.positions), spacing)
+        # The rest are the photo's alone: what the field would say there is slow to ask.
+        rest = np.flatnonzero(weight < 1)
+        field = _field_colors(texels.positions[rest], color)
+        at_vertices = visibilities(depth_maps, mesh.vertices, mesh.normals, photos, config)
+        base = field + _change_at_texels(
+            mesh, texels.faces[rest], texels.barycentric[rest], field, color, photos, at_vertices
+        )
+        colors, share = photo.copy(), weight[rest, None]
+        colors[rest] = share * photo[rest] + (1 - share) * base
+        texture, comparisons = as_texture(colors, texels), list(compared)
+        for _ in range(N_CORRECTIONS if photos else 0):
+            missing = [threads.submit(comparison, texture) for comparison in comparisons]
+            change, _ = _mixed([part.result() for part in missing], photos, visible, len(colors), spacing)
+            # Where a photo fades, its camera is meant to see something else.
+            colors = np.where(weight[:, None] > 0.999, colors + change, colors).clip(0, 1)
+            texture = as_texture(colors, texels)
     return TexturedMesh(whole.vertices, whole.faces, whole.uvs, whole.normals, texture)
 
 
-def _comparison(mesh: UnwrappedMesh, photo: Photo, spacing: float) -> Callable[[np.ndarray], np.ndarray]:
+def _comparison(mesh: UnwrappedMesh, spacing: float, photo: Photo) -> Callable[[np.ndarray], np.ndarray]:
     """A function of the texture: what (h, w, 3) the photo has and its camera's view of the mesh lacks, where both show nothing
     but the object; as coarse as texels.
 
@@ -165,12 +173,15 @@ def _change_at_texels(
     field: np.ndarray,
     color: Callable[[Tensor], Tensor],
     photos: list[Photo],
-    config: MeshConfig,
+    visible: list[tuple[np.ndarray, np.ndarray]],
 ) -> np.ndarray:
-    """What is added to the field's color at points of faces (n, 3), so that it continues the photos; see `blend`."""
+    """What is added to the field's color at points of faces (n, 3), so that it continues the photos; see `blend`.
+
+    Args:
+        visible: How well each photo sees each vertex (`visibility`).
+    """
     corners = mesh.vertices[mesh.faces]
     spacing = float(np.median(lengths(corners[:, 1] - corners[:, 0])))
-    visible = visibilities(mesh, mesh.vertices, mesh.normals, photos, config)
     photo, seen = _mixed([view.rgb for view in photos], photos, visible, len(mesh.vertices), spacing)
     if not seen.any():
         return np.zeros_like(field)
@@ -232,10 +243,12 @@ def _mixed(
     total, colors = np.zeros(n, np.float32), np.zeros((n, 3), np.float32)
     strongest = np.zeros_like(total)
     for picture, photo, (weight, uv) in zip(pictures, photos, visible):
-        share = weight**4 + 1e-12 * (weight > 0)  # the photo that faces a point best rules it
+        seen = np.flatnonzero(weight > 0)
+        share = weight[seen] ** 4 + 1e-12  # the photo that faces a point best rules it
         scale = np.divide(picture.shape[1::-1], (photo.camera.width, photo.camera.height))
-        colors += share[:, None] * sample_picture(picture, uv * scale, _footprint(photo, spacing) * scale[0])
-        total += share
+        footprint = _footprint(photo, spacing) * scale[0]
+        colors[seen] += share[:, None] * sample_picture(picture, uv[seen] * scale, footprint)
+        total[seen] += share
         strongest = np.maximum(strongest, weight)
     return colors / np.maximum(total, 1e-20)[:, None], strongest
 
@@ -245,52 +258,67 @@ def _project(camera: Camera, positions: np.ndarray) -> tuple[np.ndarray, np.ndar
     return uv.numpy(), z_depths.numpy()
 
 
+@dataclass(frozen=True)
+class DepthMap:
+    """A mesh as a photo's camera sees it, with whole pixels."""
+
+    camera: Camera
+    """The photo's, float64, of the map's size."""
+    farthest: Float[np.ndarray, "height width"]
+    """z-depth of the farthest surface around each pixel, 0 for none: at an occluder's rim it differs from the nearest."""
+    clearance: Float[np.ndarray, "height width"]
+    """Pixels to the next one that shows what lies beside and behind an occluder."""
+
+
+def depth_map(mesh: UnwrappedMesh, camera: Camera, size: int = Z_BUFFER) -> DepthMap:
+    """What decides whether points on a mesh are seen; `size` is of the map's longer side, pixels."""
+    scale = size / max(camera.width, camera.height)
+    small = camera.resized(max(1, round(camera.width * scale)), max(1, round(camera.height * scale)))
+    small = small.to("cpu", torch.float64)
+    buffer = rasterize(mesh.vertices, mesh.faces, small).z_depths
+    nearest = minimum_filter(np.where(buffer > 0, buffer, np.inf), 3)
+    jump = JUMP_PX / float(small.intrinsics[0]) * buffer
+    with np.errstate(invalid="ignore"):
+        is_far_side = (buffer > 0) & (buffer - nearest > jump)
+    clearance = distance_transform_edt(~is_far_side) if is_far_side.any() else np.full(buffer.shape, np.inf)
+    return DepthMap(small, maximum_filter(buffer, 3), clearance)
+
+
 def visibilities(
-    mesh: UnwrappedMesh, positions: np.ndarray, normals: np.ndarray, photos: list[Photo], config: MeshConfig
+    depth_maps: list[DepthMap], positions: np.ndarray, normals: np.ndarray, photos: list[Photo], config: MeshConfig
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Weights and places of `visibility` in several photos."""
     found: list[tuple[np.ndarray, np.ndarray]] = []
     is_free = np.ones(len(positions), bool)
-    for photo in photos:
-        weight, uv, is_seen = visibility(mesh, positions, normals, photo, config)
+    for depths, photo in zip(depth_maps, photos):
+        weight, uv, is_seen = visibility(depths, positions, normals, photo, config)
         found.append((weight * is_free if photo.is_filler else weight, uv))
         is_free &= ~is_seen
     return found
 
 
 def visibility(
-    mesh: UnwrappedMesh,
-    positions: np.ndarray,
-    normals: np.ndarray,
-    photo: Photo,
-    config: MeshConfig,
-    z_buffer: int = Z_BUFFER,
+    depths: DepthMap, positions: np.ndarray, normals: np.ndarray, photo: Photo, config: MeshConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How well a photo sees each surface point (n,), 0 to 1; where it lies in the photo (n, 2), pixels; and whether it is seen
-    at all, be it along the surface."""
-    camera = photo.camera.to("cpu", torch.float64)
+    at all, be it along the surface.
+
+    Args:
+        depths: Of the photo's camera and the mesh that has these points.
+    """
+    camera, small = photo.camera, depths.camera
     uv, z_depths = _project(camera, positions)
-    scale = z_buffer / max(camera.width, camera.height)
-    small = camera.resized(max(1, round(camera.width * scale)), max(1, round(camera.height * scale)))
-    buffer = rasterize(mesh.vertices, mesh.faces, small).z_depths
-    pixel = 1 / float(small.intrinsics[0])
-    # The nearest and farthest surface around each pixel: at an occluder's rim they differ.
-    filled = np.where(buffer > 0, buffer, np.inf)
-    nearest = minimum_filter(filled, 3)
-    farthest = maximum_filter(buffer, 3)
-    column = np.clip((uv[:, 0] * scale).astype(np.int64), 0, small.width - 1)
-    row = np.clip((uv[:, 1] * scale).astype(np.int64), 0, small.height - 1)
+    column = np.clip((uv[:, 0] * (small.width / camera.width)).astype(np.int64), 0, small.width - 1)
+    row = np.clip((uv[:, 1] * (small.height / camera.height)).astype(np.int64), 0, small.height - 1)
     facing = _facing(positions, normals, camera)
     slope = 1 / np.clip(facing, 0.15, 1)
-    is_seen = (z_depths <= farthest[row, column] + 1.5 * pixel * z_depths * slope) & (z_depths > 0)
+    pixel = 1 / float(small.intrinsics[0])
+    is_seen = (z_depths <= depths.farthest[row, column] + 1.5 * pixel * z_depths * slope) & (z_depths > 0)
     for side, limit in zip(uv.T, (camera.width, camera.height)):
         is_seen &= (side >= 0) & (side <= limit)
     # Beside an occluder the photo may show the occluder: the far side keeps away from the jump by a ramp.
-    with np.errstate(invalid="ignore"):
-        is_far_side = (buffer > 0) & (buffer - nearest > JUMP_PX * pixel * buffer)
-    band = max(1.0, config.band_px / 8 * z_buffer / 512)
-    clearance = distance_transform_edt(~is_far_side) if is_far_side.any() else np.full(buffer.shape, band)
-    ramp = np.clip(clearance[row, column] / band, 0, 1)
+    band = max(1.0, config.band_px / 8 * max(small.width, small.height) / 512)
+    ramp = np.clip(depths.clearance[row, column] / band, 0, 1)
     fades = FILLER_FACING if photo.is_filler else (config.facing_min, config.facing_min + FACING_BAND)
     weight = is_seen * ramp * _smooth_step(facing, *fades)
     return weight.astype(np.float32), uv, is_seen & (facing > 0)

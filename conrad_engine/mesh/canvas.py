@@ -6,14 +6,17 @@ narrow band, where the picture is blended over what was there.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from ..cameras import Camera
 from ..config import MeshConfig
-from .bake import Photo, as_texture, sample_picture, surface_texels, texel_length, visibilities, visibility
+from .bake import Photo, as_texture, depth_map, sample_picture, surface_texels, visibilities, visibility
 from .mesh import TexturedMesh, dots, lengths
 from .raster import rasterize, reduced, sample_texture
 from .unwrap import UnwrappedMesh
@@ -34,12 +37,13 @@ class Canvas:
         """Take a mesh textured by `bake_texture` with these photos and settings."""
         self.mesh, self.config, self.size = mesh, config, len(mesh.texture)
         self.shape = UnwrappedMesh(mesh.vertices, mesh.faces, mesh.uvs, mesh.normals)
-        self.texels = surface_texels(self.shape, self.size)
-        self.texel_length = texel_length(self.shape, self.size)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            mapped = threads.map(partial(depth_map, self.shape), [photo.camera for photo in photos])
+            self.texels, depth_maps = surface_texels(self.shape, self.size), list(mapped)
         self.before = mesh.texture.reshape(-1, 3)[self.texels.pixels].astype(np.float32) / 255
         self.colors = self.before.copy()
         self.final = np.zeros(len(self.colors), np.float32)
-        for weight, _ in visibilities(self.shape, self.texels.positions, self.texels.normals, photos, config):
+        for weight, _ in visibilities(depth_maps, self.texels.positions, self.texels.normals, photos, config):
             # Also where a photo is already blended with the field: its camera must see no change at all.
             self.final[weight > 0] = 1
 
@@ -67,7 +71,8 @@ class Canvas:
         texels = np.flatnonzero(self.final < 1)
         positions, normals = self.texels.positions[texels], self.texels.normals[texels]
         photo = Photo(camera, rgb, np.ones(rgb.shape[:2], np.float32))
-        weight, uv, _ = visibility(self.shape, positions, normals, photo, self.config, Z_BUFFER)
+        depths = depth_map(self.shape, camera, Z_BUFFER)
+        weight, uv, _ = visibility(depths, positions, normals, photo, self.config)
         toward = camera.positions.numpy() - positions
         facing = dots(normals, toward) / lengths(toward)
         low, high = FACING_RANGE

@@ -13,6 +13,7 @@ distance to the surface of one density, positive inside, is changed in four step
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -106,6 +107,15 @@ class _Grid:
     def evaluate(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         values = [function(chunk).float().cpu() for chunk in self.positions().split(CHUNK)]
         return torch.cat(values).view(self.shape).numpy()
+
+    def box_where(self, distances: Callable[[Tensor], Tensor], least: float) -> tuple[slice, ...]:
+        """A box that holds the corners where distances to something are above `least`, found by every fourth corner."""
+        step = 4
+        shape = tuple((n + 2 * step - 2) // step for n in self.shape)  # the last one is at the end or beyond
+        coarse = _Grid(self.corner, shape, self.cell * step).evaluate(distances)
+        # No corner is farther from the next one of these than their cell's half diagonal.
+        box = _box_around(coarse > least - math.sqrt(3) / 2 * step * self.cell, 1)
+        return tuple(slice(s.start * step, min(max(s.stop * step - step + 1, 0), n)) for s, n in zip(box, self.shape))
 
     def surface(self, level_set: np.ndarray) -> Mesh:
         """Triangles of level_set = 0, counterclockwise from outside (where it is negative)."""
@@ -298,10 +308,10 @@ def _united(
     values: np.ndarray, part: Callable[[tuple[slice, ...]], np.ndarray], area: np.ndarray, camera: Camera, grid: _Grid
 ) -> np.ndarray:
     """The level set united with another, whose values in a box `part` says, within an area of a camera's picture."""
-    window = grid.evaluate(hull_distances(area.astype(np.float32), camera))
-    box = _box_around(window > -MARGIN_CELLS * grid.cell, 0)
+    cone = hull_distances(area.astype(np.float32), camera)
+    box = grid.box_where(cone, -MARGIN_CELLS * grid.cell)
     values = values.copy()
-    values[box] = np.maximum(values[box], np.minimum(part(box), window[box]))
+    values[box] = np.maximum(values[box], np.minimum(part(box), grid.part(box).evaluate(cone)))
     return values
 
 
