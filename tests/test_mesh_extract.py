@@ -10,7 +10,7 @@ from conrad_engine.errors import MeshError
 from conrad_engine.mesh import extract
 from conrad_engine.mesh.clean import clean_mesh, keep_components
 from conrad_engine.mesh.extract import BLIND_LEVEL, SurfaceView, extract_mesh
-from conrad_engine.mesh.outline import silhouette
+from conrad_engine.mesh.outline import hull_distances, silhouette
 
 from .mesh_scenes import AABB, ball, camera, euler_number, rod, soft_density, trace, union, volume
 
@@ -26,6 +26,25 @@ def seen(body, azimuth_deg=0.0, size=192):
 def iou(mesh, view):
     covered, mask = silhouette(mesh, view, 512)
     return (covered & (mask > 0.5)).sum() / (covered | (mask > 0.5)).sum()
+
+
+@pytest.mark.parametrize("size", [40, 41, 42, 43])
+@pytest.mark.parametrize("radius_px", [1, 6, 200])
+def test_the_box_around_a_cone_has_every_corner_near_it(size, radius_px):
+    grid = extract._Grid(np.array([-0.5, -0.6, -0.5]), (size, size + 9, size), 1 / 48).part(
+        (slice(1, size), slice(3, size + 8), slice(0, size - 2))
+    )
+    rows, columns = np.indices((192, 192))
+    area = np.hypot(rows - 100, columns - 60) <= radius_px
+    cone = hull_distances(area.astype(np.float32), camera(70.0, 20.0))
+    for least in (-0.2, 0.0):
+        near = grid.evaluate(cone) > least
+        box = grid.box_where(cone, least)
+        assert near.any() and near[box].sum() == near.sum()
+    if radius_px == 1:
+        assert near[box].size < near.size / 2, "and not many others"
+    nothing = grid.box_where(lambda positions: torch.full((len(positions),), -1e3), 0.0)
+    assert near[nothing].size == 0 and grid.part(nothing).evaluate(cone).size == 0
 
 
 @pytest.mark.parametrize("center", [(0.0, 0.0, 0.0), (0.1, -0.2, 0.15)])

@@ -27,7 +27,7 @@ from conrad_engine.guidance.interfaces import GuidanceResult, Priors, ReferenceP
 from conrad_engine.monitor import Monitor
 from conrad_engine.preprocess.framing import frame_object
 from conrad_engine.state import make_state
-from conrad_engine.symmetry import FINE_TIMES, dip_near, find_plane, mirrored_view, off_deg, usual_errors
+from conrad_engine.symmetry import COARSE_TIMES, FINE_TIMES, dip_near, find_plane, mirrored_view, off_deg, usual_errors
 from conrad_engine.training import raster
 from conrad_engine.warm_start import sample_warm_start
 
@@ -91,6 +91,18 @@ def test_a_thing_that_does_not_stand_square_has_the_plane_of_a_dip_or_none():
     # What is not liked much better says nothing against an axis nearby.
     assert found_deg(Judge(36, depth=0.3), 62) == pytest.approx(62)
     assert off_deg(found_deg(Judge(36), 62), 36) < 0.8
+
+
+def test_without_axes_to_go_by_the_prior_is_asked_twice_as_often():
+    asked = []
+
+    class Asked(Judge):
+        def mirror_errors(self, azimuths_rad, times):
+            asked.append(list(times))
+            return super().mirror_errors(azimuths_rad, times)
+
+    find_plane(Asked(62), None)
+    assert asked == [[*COARSE_TIMES] * 2, [*FINE_TIMES] * 2, [*FINE_TIMES] * 2]
 
 
 @pytest.mark.parametrize("azimuth_deg", [3, 178, 84, 90, 96])
