@@ -65,8 +65,8 @@ def find_plane(sampler: ViewSampler, world_azimuth_rad: float | None = None) -> 
         Azimuth of its normal (radians); 0 is across the reference's line of sight.
     """
     all_around = np.arange(0, 180, COARSE_STEP_DEG)
-    n_draws = 2 if world_azimuth_rad is None else 1  # the prior alone must find it
-    guess, error = likeliest(sampler, all_around[is_new(all_around)], COARSE_TIMES * n_draws)
+    coarse_times = COARSE_TIMES * (2 if world_azimuth_rad is None else 1)  # twice: the prior alone must find it
+    guess, error = likeliest(sampler, all_around[is_new(all_around)], coarse_times)
     is_square = False
     if world_azimuth_rad is not None:
         axes = (math.degrees(world_azimuth_rad) + np.array([0.0, 90.0])) % 180
@@ -77,7 +77,7 @@ def find_plane(sampler: ViewSampler, world_azimuth_rad: float | None = None) -> 
         guess = axis if is_square else guess
     if is_square and not is_new(guess):
         return None
-    dip = dip_near(sampler, guess, FINE_TIMES * n_draws)
+    dip = dip_near(sampler, guess, FINE_TIMES * (1 if is_square else 2))
     angle = guess if is_square and (dip is None or off_deg(dip, guess) < SNAP_DEG) else dip
     if angle is None or not is_new(angle):
         return None

@@ -93,7 +93,7 @@ def test_a_thing_that_does_not_stand_square_has_the_plane_of_a_dip_or_none():
     assert off_deg(found_deg(Judge(36), 62), 36) < 0.8
 
 
-def test_without_axes_to_go_by_the_prior_is_asked_twice_as_often():
+def test_where_no_axis_is_to_go_by_the_prior_is_asked_twice_as_often():
     asked = []
 
     class Asked(Judge):
@@ -103,6 +103,12 @@ def test_without_axes_to_go_by_the_prior_is_asked_twice_as_often():
 
     find_plane(Asked(62), None)
     assert asked == [[*COARSE_TIMES] * 2, [*FINE_TIMES] * 2, [*FINE_TIMES] * 2]
+    asked.clear()
+    find_plane(Asked(107), math.radians(62))  # stands askew
+    assert asked[0] == [*COARSE_TIMES] and asked[-1] == [*FINE_TIMES] * 2
+    asked.clear()
+    find_plane(Asked(62), math.radians(62))
+    assert asked[0] == [*COARSE_TIMES] and asked[-1] == [*FINE_TIMES]
 
 
 @pytest.mark.parametrize("azimuth_deg", [3, 178, 84, 90, 96])
