@@ -91,39 +91,16 @@ def finish(
     """
     device = state.field.aabb.device
     n_views = config.mesh.detail_views if has_detail_stage(full, config.mesh) else 0
-    steps = ["surface", "texture", *(f"view {index}" for index in range(n_views)), "files", "pictures"]
-    began: dict[str, float] = {}
-
-    def at(step: str) -> None:
-        began.setdefault("detail" if step.startswith("view") else step, time.monotonic())
-        monitor.progress(Progress("mesh", steps.index(step), len(steps), None, {}, memory_bytes(device)))
-
-    def at_stoppable(step: str) -> None:
-        at(step)
-        if monitor.command() is Command.CANCEL:
-            raise Cancelled("cancelled while the mesh was made")
-
-    measured, seen, photos = view.resized(MEASURED_PICTURE), view.resized(FIELD_PICTURE), photos_of(view, state.plane)
+    steps = _Steps(n_views, device, monitor)
+    measured, seen = view.resized(MEASURED_PICTURE), view.resized(FIELD_PICTURE)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads, _set_on_error(Event()) as is_stopped:
         # Much of what follows keeps a single core busy; meanwhile the others do what does not wait for it.
         model = threads.submit(DetailModel, device, config.mesh.detail_weights) if n_views else None
         show_field = partial(threads.submit, render_field, state, full, seen, config, is_stopped)
         # On a GPU it is short and only takes turns with what leads to the GLB.
         field_pictures = show_field() if device.type == "cpu" else None
-        at_stoppable("surface")
-        has_depth = initial is not None or (prepared.depth is not None and prepared.depth_kind == "metric")
-        may_move = config.mesh.centered and not has_depth
-        mesh, level = surface_mesh(full, view, initial, config.mesh, may_move, view_pixel(state, config))
-        at_stoppable("texture")
-        textured = texture_mesh(full, photos, mesh, config.mesh)
-        # Where a mirrored picture had a say, the surface is as deep as the two views tell.
-        if may_move and state.plane is None:
-            azimuth = state.world_azimuth if config.optimize.axis_aligned else None
-            textured = centered(textured, frame.camera, azimuth)
-        if model is not None:
-            on_view = lambda index: at_stoppable(f"view {index}")  # noqa: E731
-            textured = with_detail(textured, photos, prepared, frame, config, model.result(), on_view)
-        at("files")
+        textured, level = make_textured(state, full, view, initial, prepared, frame, config, model, steps)
+        steps.begin("files")
         to_world = final_similarity(frame, textured.vertices)
         setup = _world_setup(frame, to_world, textured.vertices)
         moved = _moved(textured, to_world)
@@ -143,11 +120,67 @@ def finish(
             **shape.result(),
         }
         files.result()
-        at("pictures")
+        steps.begin("pictures")
         write_pictures(drawing, prepared, view, frame, field_picture, numbers, folder, name)
-    ends = [*began.values(), time.monotonic()][1:]
-    numbers["seconds_of_finish"] = {part: round(end - start, 2) for (part, start), end in zip(began.items(), ends)}
+    numbers["seconds_of_finish"] = steps.seconds()
     return Finished(moved, setup, numbers)
+
+
+class _Steps:
+    """Tells the monitor which step has begun, and when each part did."""
+
+    def __init__(self, n_views: int, device: torch.device, monitor: Monitor) -> None:
+        self.names = ["surface", "texture", *(f"view {index}" for index in range(n_views)), "files", "pictures"]
+        self.device, self.monitor = device, monitor
+        self.began: dict[str, float] = {}
+
+    def begin(self, name: str) -> None:
+        self.began.setdefault("detail" if name.startswith("view") else name, time.monotonic())
+        done = self.names.index(name), len(self.names)
+        self.monitor.progress(Progress("mesh", *done, None, {}, memory_bytes(self.device)))
+
+    def begin_stoppable(self, name: str) -> None:
+        self.begin(name)
+        if self.monitor.command() is Command.CANCEL:
+            raise Cancelled("cancelled while the mesh was made")
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part, the last one until now; all views are one part."""
+        ends = [*self.began.values(), time.monotonic()][1:]
+        return {part: round(end - start, 2) for (part, start), end in zip(self.began.items(), ends)}
+
+
+def make_textured(
+    state: State,
+    full: ConstrainedField,
+    view: ReferenceView,
+    initial: Mesh | None,
+    prepared: PreparedPicture,
+    frame: Frame,
+    config: PipelineConfig,
+    model: Future[DetailModel] | None,
+    steps: _Steps,
+) -> tuple[TexturedMesh, float]:
+    """The textured mesh in the object frame, and the density that its surface was taken at.
+
+    Args:
+        model: Draws detail on the texture at the end.
+    """
+    photos = photos_of(view, state.plane)
+    steps.begin_stoppable("surface")
+    has_depth = initial is not None or (prepared.depth is not None and prepared.depth_kind == "metric")
+    may_move = config.mesh.centered and not has_depth
+    mesh, level = surface_mesh(full, view, initial, config.mesh, may_move, view_pixel(state, config))
+    steps.begin_stoppable("texture")
+    textured = texture_mesh(full, photos, mesh, config.mesh)
+    # Where a mirrored picture had a say, the surface is as deep as the two views tell.
+    if may_move and state.plane is None:
+        azimuth = state.world_azimuth if config.optimize.axis_aligned else None
+        textured = centered(textured, frame.camera, azimuth)
+    if model is not None:
+        on_view = lambda index: steps.begin_stoppable(f"view {index}")  # noqa: E731
+        textured = with_detail(textured, photos, prepared, frame, config, model.result(), on_view)
+    return textured, level
 
 
 @contextmanager
